@@ -297,6 +297,11 @@ def rotary(layer: int) -> tuple[str, str]:
     return f"blocks.{layer}.attn.hook_cos", f"blocks.{layer}.attn.hook_sin"
 
 
+def mlp_inputs(layer: int) -> tuple[str, str]:
+    """Return the hook points in front of the activation function: its input, and the factor of a gated MLP beside it."""
+    return f"blocks.{layer}.mlp.hook_pre", f"blocks.{layer}.mlp.hook_pre_linear"
+
+
 def resid_post(layer: int) -> str:
     """Return the hook point of the residual stream that leaves a layer."""
     return f"blocks.{layer}.hook_resid_post"

@@ -19,6 +19,7 @@ from featpatch.errors import FeatpatchError
 
 _locks: "WeakKeyDictionary[Any, Any]" = WeakKeyDictionary()
 _editing: "WeakKeyDictionary[Any, list[tuple[int, Any]]]" = WeakKeyDictionary()
+_last: set[int] = set()
 _guard = RLock()
 
 HOOKS, LISTS = ("_forward_hooks", "_backward_hooks"), ("fwd_hooks", "bwd_hooks")
@@ -45,10 +46,14 @@ def in_this_thread(hook: Callable[..., Any], otherwise: Callable[..., Any] = lam
 
 
 @contextmanager
-def editing(model: Any, point: Any, hook: Callable[..., Any], *, first: bool) -> Iterator[None]:
+def editing(model: Any, point: Any, hook: Callable[..., Any], *, first: bool, last: bool = False) -> Iterator[None]:
     """Make a hook point of the model call `hook` in this thread, until the context ends.
 
     The hook is recorded at once, so that no thread mistakes it for a hook of the user. `reset_hooks` does not remove it.
+
+    Args:
+        first: whether the hook runs before those that are there already.
+        last: whether the hook also runs after those that this function adds later.
     """
     call = in_this_thread(hook)
     with _guard:
@@ -58,11 +63,16 @@ def editing(model: Any, point: Any, hook: Callable[..., Any], *, first: bool) ->
         handle = next(each for each in (*point.fwd_hooks, *handles) if each.user_hook is call)
         edits, edit = _editing.setdefault(model, []), (get_ident(), handle)
         edits.append(edit)
+        if last:
+            _last.add(handle.hook.id)
+        for later in [each for each in point._forward_hooks if each in _last]:
+            point._forward_hooks.move_to_end(later)
     try:
         yield
     finally:
         with _guard:
             handle.hook.remove()
+            _last.discard(handle.hook.id)
             point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
             edits[:] = [other for other in edits if other is not edit]
 

@@ -107,7 +107,7 @@ def test_edges_of_features_by_a_loop_over_points(scores: Any, to: Any) -> None:
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize(("kind", "name"), FAMILIES)
-@pytest.mark.parametrize("scores", ["eap_ig_inputs", "eap_ig_activations"])
+@pytest.mark.parametrize("scores", ["eap_ig_inputs", "eap_ig_activations", "relp", "relp_qk", "gim"])
 def test_edges_by_weights_are_those_by_a_weight_per_edge(kind: str, name: str, scores: Any) -> None:
     """Both ways agree for shared keys, parallel layers, no MLPs, rotary positions and norms after attention."""
     model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()

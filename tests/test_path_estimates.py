@@ -146,7 +146,10 @@ def test_errors(small: Small) -> None:
         ({"receivers": [fp.Node("blocks.1.attn.hook_q", "head", 99)]}, "expected a head of 0 to 3"),
         ({"senders": [mlp, mlp]}, "each once"),
         ({"route": "around"}, "route='around'"),
-        ({"method": fp.Gradients(small.model, pairs_of(small), method="ig")}, "expected 'exact' or 'atp'"),
+        (
+            {"method": fp.Gradients(small.model, pairs_of(small), method="ig")},
+            "expected 'exact' or one of atp, relp, relp_qk, gim",
+        ),
     ):
         options: dict[str, Any] = {"senders": [mlp], "receivers": ["logits"], **OPTIONS, **changed}
         with pytest.raises(fp.FeatpatchError, match=message):

@@ -1,4 +1,6 @@
-"""Activations and gradients of both runs of every pair, each computed once, in the unmodified model without SAEs.
+"""Activations and gradients of both runs of every pair, each computed once, in the model without SAEs.
+
+Activations are those of the unmodified model. So are gradients, except those of `relp`, `relp_qk` and `gim`.
 
 atp             The gradient at the base run itself (Nanda 2023; Syed et al. 2023, arXiv 2310.10348).
 ig              The mean gradient along the straight line from base to source at one hook point, with the rest of the model
@@ -10,6 +12,10 @@ grad_drop       The gradient at the base run, once for every layer, with no grad
                 reveal effects that cancel between layers. The absolute values of the resulting estimates are added up and
                 divided by the number of layers - 1: a size without sign, for ranking (GradDrop of AtP*, Kramar et al. 2024,
                 arXiv 2403.00745).
+relp            The gradient at the base run under other rules of the backward pass, which `model.backward` defines: relevance
+                patching (Jafari et al. 2025, arXiv 2508.21258), with attention patterns as constants.
+relp_qk         The same, with gradients through queries and keys.
+gim             Likewise: gradient interaction modifications (Edin et al. 2025, arXiv 2505.17630).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +27,7 @@ from jaxtyping import Float, Int
 
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers
 from featpatch.metrics import SEQUENCES, Measure, Metric, find, one_metric
+from featpatch.model.backward import LIVE, RULES, modified
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
@@ -30,7 +37,10 @@ from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.sae.dictionary import Dictionary, Split
 from featpatch.sites import by_position, component, resid_pre
 
-METHODS = ("atp", "ig", "eap_ig_inputs", "grad_drop")
+LOCAL = ("atp", *RULES)
+"""The methods with one gradient, taken at the base run, which is the model's own or follows other rules."""
+
+METHODS = ("atp", "ig", "eap_ig_inputs", "grad_drop", *RULES)
 """The names of the methods."""
 
 STEPPED = ("ig", "eap_ig_inputs")
@@ -192,7 +202,7 @@ def check_gradient(measure: Measure, method: str, directions: Sequence[Direction
             zero.
     """
     ways = check_directions(directions)
-    if "noising" in ways and measure.needs == "clean" and method in ("atp", "grad_drop"):
+    if "noising" in ways and measure.needs == "clean" and method not in STEPPED:
         raise FeatpatchError(
             f"metric {measure.name!r} with method={method!r} and directions={list(ways)}: expected a gradient that is not "
             "zero, but this metric's is zero at the clean run, where noising needs it; use directions=['denoising'], "
@@ -217,12 +227,19 @@ class Gradients:
     Args:
         model: a TransformerBridge or a HookedTransformer.
         pairs: clean and corrupted prompts with their answers.
-        metric: one differentiable metric. The gradient of `"neg_kl"` is zero at the clean run, which `"atp"` and `"grad_drop"`
-            use for noising: with these methods use it only for denoising, or choose `"ig"` or `"eap_ig_inputs"`.
+        metric: one differentiable metric. The gradient of `"neg_kl"` is zero at the clean run, which all methods but `"ig"` and
+            `"eap_ig_inputs"` use for noising: with them use it only for denoising.
         method: `"atp"`: attribution patching, a forward and a backward pass per run. `"ig"`: integrated gradients at each hook
             point, with `steps` forward and backward passes per hook point. `"eap_ig_inputs"`: gradients averaged along the line
             between the prompts' embeddings, with `steps` passes for all hook points. `"grad_drop"`: one pass per layer of the
-            model; the estimates have no sign (`metadata["unsigned"]`).
+            model; the estimates have no sign (`metadata["unsigned"]`). `"relp"`, `"relp_qk"` and `"gim"`: as many passes as
+            `"atp"`, with a modified backward pass. In all three, the scales of norms are constants. `"relp"` (relevance
+            patching) also treats attention patterns as constants and an activation function as a product with a constant, and
+            gives half of the gradient to each factor of a gated MLP; `"relp_qk"` leaves attention patterns as they are.
+            `"gim"` leaves activation functions as they are, uses the softmax Jacobian at temperature 2, and gives half of the
+            gradient to each factor of attention and of gated MLPs. The estimates of all features and the error of a hook point
+            still add up to that of the whole activation, but `metadata["whole_residual"]` is then the error of the rules too.
+            They need MLPs that are gated or `act(x W_in) W_out`, and no mixtures of experts.
         steps: the number of points of the midpoint rule, only for `"ig"` and `"eap_ig_inputs"`; 10 by default.
         qk_fix: whether estimates of queries and keys compute their effect on the head's output exactly, in a pass of their
             layer alone (one for all queries of a prompt, one for the keys of each requested position). With
@@ -340,14 +357,15 @@ class _Batch:
             if not missing:
                 self.activations[direction].update(self.of.lens.read(run.tokens, unread) if unread else {})
                 continue
-            found = self.of.lens.gradients(run.tokens, missing, run.answers, run.measure, reads=unread)
+            with modified(self.of.lens, RULES.get(method, LIVE)):
+                found = self.of.lens.gradients(run.tokens, missing, run.answers, run.measure, reads=unread)
             if not all(torch.isfinite(g).all() for g in found.gradients.values()):
                 raise FeatpatchError(
                     f"the gradient of {self.of.measure.name} is NaN or infinite: expected finite numbers; check the metric"
                 )
             self.values[direction] = found.values
             self.activations[direction].update(found.activations)
-            if method == "atp":
+            if method in LOCAL:
                 self.gradients[direction].update({site: gradient[None] for site, gradient in found.gradients.items()})
         for direction, run in runs.items() if missing else ():
             taken = self._taken(direction, run, missing)
@@ -355,7 +373,7 @@ class _Batch:
             self.ends[direction].update(taken.ends)
 
     def _taken(self, direction: Direction, run: Runs, sites: list[str]) -> Taken:
-        """Compute gradients by a method that needs further runs; for attribution patching, only return the source's metric."""
+        """Compute gradients by a method that needs further runs; for a local one, only return the source's metric."""
         base, source = self.activations[direction], self.activations[SOURCE[direction]]
         changes = {site: source[site] - base[site] for site in (*sites, INPUT)}
         if self.of.method == "ig":

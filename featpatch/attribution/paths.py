@@ -23,10 +23,11 @@ from featpatch import sites
 from featpatch.attribution.components import ComponentEstimator
 from featpatch.attribution.estimates import Estimates, Estimator, collected
 from featpatch.attribution.features import FeatureEstimator
-from featpatch.attribution.gradients import Gradients, PairGradients
+from featpatch.attribution.gradients import LOCAL, Gradients, PairGradients
 from featpatch.effects.statistics import check_gap
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
+from featpatch.model.backward import LIVE, RULES, modified
 from featpatch.model.lens import Lens
 from featpatch.model.provenance import provenance
 from featpatch.nodes import LOGITS, Direction, Edge, Node, check_senders
@@ -123,15 +124,15 @@ def estimate_paths(
     cost nothing. A receiver that is inactive in the base run has no gradient, so its paths are estimated as 0.
 
     Raises:
-        FeatpatchError: if the input is unusable, or the gradients are not of method `"atp"`.
+        FeatpatchError: if the input is unusable, or the gradients are not those of one point, the base run.
     """
     source, pairs, lens = gradients, gradients.pairs, gradients.lens
     found = dictionaries_if_any(lens, saes)
     sites.check_route(route)
-    if source.method != "atp":
+    if source.method not in LOCAL:
         raise FeatpatchError(
-            f"method={source.method!r} for paths: expected 'exact' or 'atp'; the other methods estimate features and "
-            "components only"
+            f"method={source.method!r} for paths: expected 'exact' or one of {', '.join(LOCAL)}; the other methods estimate "
+            "features and components only"
         )
     lens.check_unhooked()
     sending, ends = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
@@ -157,14 +158,16 @@ def estimate_paths(
             clean[index], corrupted[index] = of_pair.values["noising"], of_pair.values["denoising"]
             changes[index] = {}
             for way in ways:
-                pulled = _Pulled(lens, of_pair, way, receiving, route).at([site for each in estimators for site in each.sites])
+                wanted_sites = [site for each in estimators for site in each.sites]
+                with modified(lens, RULES.get(source.method, LIVE)):
+                    pulled = _Pulled(lens, of_pair, way, receiving, route).at(wanted_sites)
                 through = replace(of_pair, gradients={way: pulled})
                 found_by = [each.estimates(through, way, wanted[index]) for each in estimators]
                 changes[index][way] = _by_edge(found_by, wanted_senders, receiving)
             bar.update()
     check_gap(source.measure.name, clean[:, 0], corrupted[:, 0])
     metadata = {
-        "metric": source.measure.name, "method": "atp", "directions": sorted(ways), "unit": "gap", "route": route,
+        "metric": source.measure.name, "method": source.method, "directions": sorted(ways), "unit": "gap", "route": route,
         "unsigned": False, "positions": list(wanted[0]), "saes": {d.name: d.digest() for d in found}, **provenance(lens, pairs),
     }  # fmt: skip
     return collected(source.measure.name, clean, corrupted, changes, metadata, unsigned=False)

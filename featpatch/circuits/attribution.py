@@ -7,6 +7,8 @@ a is its part of the activation at its hook point, and x that activation. Our sc
 The points, with e the embedding's output:
 
     estimate             the unpatched clean run (EAP; Syed et al. 2023, arXiv 2310.10348)
+    relp, relp_qk, gim   the same run, with the backward pass of these methods (`model.backward`); the gradients through a norm,
+                         an MLP and attention follow their rules
     eap_ig_inputs        e is set to e' + k / steps (e - e'), for k = 0 ... steps - 1 (Hanna et al. 2024, arXiv 2403.17806)
     eap_ig_activations   what one component writes is set to a' + k / steps (a - a'), for k = 1 ... steps and for each
                          component in turn: the embedding, all heads of a layer, an MLP, all mediators at a place
@@ -35,11 +37,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from featpatch import sites
+from featpatch.model.backward import LIVE, RULES, Rules, modified, under
 from featpatch.model.lens import Differentiated, Edit, Lens
 from featpatch.model.stack import Projections, head_of
 from featpatch.nodes import Node
 
-Scores = Literal["exact", "estimate", "eap_ig_inputs", "eap_ig_activations"]
+Scores = Literal["exact", "estimate", "eap_ig_inputs", "eap_ig_activations", "relp", "relp_qk", "gim"]
 """The name of a way to score nodes or edges; see `find_circuit`."""
 
 STEPPED = ("eap_ig_inputs", "eap_ig_activations")
@@ -71,11 +74,13 @@ class Point:
         place: the nodes whose values are moved towards their ablation values; none for the unpatched run.
         share: the weight of the clean value, from 0 (the ablation value) to 1.
         local: whether the place is one of several that are moved in turn.
+        rules: the rules of the backward pass.
     """
 
     place: tuple[Node, ...] = ()
     share: float = 1.0
     local: bool = False
+    rules: Rules = LIVE
 
     def between(self, ablated: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
         """Return the value at this point."""
@@ -94,7 +99,7 @@ def points_of(scores: Scores, steps: int, places: Sequence[tuple[Node, ...]]) ->
         return [Point((EMBEDDING,), step / steps) for step in range(steps)]
     if scores == "eap_ig_activations":
         return [Point(place, step / steps, local=True) for place in places for step in range(1, steps + 1)]
-    return [Point()]
+    return [Point(rules=RULES.get(scores, LIVE))]
 
 
 def sender_hooks(lens: Lens) -> list[str]:
@@ -138,7 +143,9 @@ def summed_scores(
         done: a function that is called with the number of runs after each pass.
         regions: the tokens of each region; an edge then has a score for each of them, one after the other.
     """
-    clean = {} if points == [Point()] else lens.read(tokens, sender_hooks(lens))
+    rules = points[0].rules  # the same for all points
+    projections = [replace(of_layer, layer=under(of_layer.layer, rules)) for of_layer in projections]
+    clean = lens.read(tokens, sender_hooks(lens)) if any(point.place for point in points) else {}
     changes, total = None, torch.zeros((), device=lens.device)
     size, normed = ceil(MOVED_AT_ONCE / tokens.numel()), _normed(projections)
     for part in (slice(start, start + size) for start in range(0, len(points), size)):
@@ -164,7 +171,7 @@ def _run(
     layers, count = range(lens.n_layers), len(tokens)
     hooks = [sites.component(layer, name) for layer in layers for name in (*INSIDE, *_mlps(lens))]
     reads = {*sender_hooks(lens), *(sites.component(layer, name) for layer in layers for name in ("resid_pre", "attn_out"))}
-    last, head = sites.resid_post(lens.n_layers - 1), partial(head_of(lens), columns=None)
+    last, head = sites.resid_post(lens.n_layers - 1), partial(under(head_of(lens), points[0].rules), columns=None)
     moved: dict[str, dict[int, torch.Tensor]] = {}
     for number, point in enumerate(points):
         for node in point.place[:1]:  # the other nodes are at the same hook point
@@ -179,6 +186,7 @@ def _run(
         return change
 
     with ExitStack() as stack:
+        stack.enter_context(modified(lens, points[0].rules))
         for hook, values in moved.items():
             stack.enter_context(lens.edit(hook, moving(values)))
         found = lens.gradients(

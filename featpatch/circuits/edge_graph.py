@@ -30,6 +30,7 @@ from featpatch.circuits.attribution import ESTIMATED_AT_ONCE, Point, sender_hook
 from featpatch.circuits.edge_runs import EdgeRuns, Run
 from featpatch.circuits.graph import announcing
 from featpatch.errors import FeatpatchError
+from featpatch.model.backward import modified
 from featpatch.nodes import Edge, Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.ablation import Everywhere
@@ -229,9 +230,10 @@ class EdgeGraph(EdgeRuns):
         total, values = self._zeros(len(self.items)), self._zeros(len(points), len(some))
         for number, point in enumerate(points):
             put = {node: point.between(ablation_values[node], now[node]) for node in point.place}
-            with torch.enable_grad():
+            with torch.enable_grad(), modified(self.lens, point.rules):
                 ablated = torch.zeros(1, len(self.items), dtype=self._type, requires_grad=True)
-                run = Run(tokens, where, ablated, ablation_values, regions=self._regions_of(some), put=put, changes=changes)
+                regions = self._regions_of(some)
+                run = Run(tokens, where, ablated, ablation_values, regions=regions, put=put, changes=changes, rules=point.rules)
                 final = self._pass(run)
                 logits = self.unembedded(final.flatten(0, 1), tokens, answers)
                 found = self._differentiable(self.metric_of(logits[None], some)[0])

@@ -12,6 +12,7 @@ from featpatch import sites
 from featpatch.circuits.attribution import EMBEDDING, INSIDE, sender_hooks
 from featpatch.circuits.edge_layout import EdgeLayout
 from featpatch.circuits.mediators import Place
+from featpatch.model.backward import LIVE, Rules, under
 from featpatch.model.layer import Norm
 from featpatch.model.stack import AttentionOutput, Projections, attention_outputs, projections_of
 from featpatch.nodes import LOGITS, Node
@@ -39,6 +40,7 @@ class Run:
         before_norm: the input of the norm after attention, `[circuits, pairs, pos, d_model]`, by layer with such a norm.
         put: the values to which the outputs of some senders are set.
         changes: the changes that ablated edges make, if they are not the ablation values minus the outputs in this run.
+        rules: the rules of a backward pass through the run.
     """
 
     tokens: torch.Tensor
@@ -51,6 +53,7 @@ class Run:
     before_norm: dict[int, torch.Tensor] = field(default_factory=dict)
     put: Mapping[Node, torch.Tensor] = field(default_factory=dict)
     changes: Mapping[Node, torch.Tensor] = field(default_factory=dict)
+    rules: Rules = LIVE
 
     def record(self, written: Written) -> Written:
         """Store the outputs of senders, with those in `put` set to their values, and return them."""
@@ -255,7 +258,7 @@ class EdgeRuns(EdgeLayout):
             heads = {node: output.view_as(stream) for node, output in zip(nodes, each.to(stream), strict=True)}
         else:
             heads, bias = self._by_head(layer, stream, z, run.tokens)
-        total, norm = sum(run.record(heads).values(), bias), self._norm(layer)
+        total, norm = sum(run.record(heads).values(), bias), under(self._norm(layer), run.rules)
         self._bias[layer] = bias.expand_as(stream)[0, 0]
         if norm is None:
             return total, heads
@@ -330,7 +333,7 @@ class EdgeRuns(EdgeLayout):
             some = list(group)
             changes = torch.stack([run.change(node, sent[node]) for node in some], 1)
             change = _weighted(torch.stack([weights[node] for node in some], 2), changes, run.regions)
-            norm = None if layer < 0 else self._norm(layer)
+            norm = None if layer < 0 else under(self._norm(layer), run.rules)
             before = None if norm is None else run.before_norm[layer]
             moved = moved + (change if norm is None or before is None else (norm(before + change) - norm(before)).to(change))
         whole = [] if of_receiver.all() else [passing[None]]

@@ -171,7 +171,8 @@ def find_circuit(
         scores: for `"threshold"`, and for `"greedy"` over edges. `"exact"`: an item's score is the loss of faithfulness with
             only that item ablated. The others estimate that loss by gradients, with the formulas in
             `featpatch.circuits.attribution`, and miss items whose effect saturates. `"estimate"` takes the gradient where
-            all items are kept (edge attribution patching). The other two average it over `steps` runs between the ablation
+            all items are kept (edge attribution patching); `"relp"`, `"relp_qk"` and `"gim"` do so with the backward pass of
+            these methods, see `fp.Gradients`. The other two average it over `steps` runs between the ablation
             value and the clean value: `"eap_ig_inputs"` of the embedding (EAP-IG), and `"eap_ig_activations"` of each
             component or, for nodes, of each hook point. The default is `"exact"`, or `"estimate"` over edges if exact scores
             would take much longer than minutes (more than 3e12 multiply-adds) and the metric has a gradient in the clean run;
@@ -187,7 +188,7 @@ def find_circuit(
         errors: only with `saes`: error terms are all kept (`"in"`, the default), all ablated (`"out"`), or candidates like
             other nodes (`"nodes"`). For edges, `"in"` means that errors are a part of the rest.
         metric: one metric; for estimates it must be differentiable. The gradient of `"neg_kl"` is zero in the clean run, so
-            `"estimate"` refuses it for edges; integrated gradients do not. Answers of several tokens (`"sequence_log_prob"`,
+            all but integrated gradients refuse it for edges. Answers of several tokens (`"sequence_log_prob"`,
             `"sequence_log_prob_diff"`) follow both prompts, and the complement is ablated at their tokens too.
         journal: a file to which every measured circuit is written, so that the same call resumes from there after a crash, a
             kill or Ctrl-C. Searches that differ only in `method`, `scores`, `steps`, `threshold`, `size` or `target` may share

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from featpatch.circuits.attribution import STEPS, Point, Scores, points_of
+from featpatch.circuits.attribution import STEPPED, STEPS, Point, Scores, points_of
 from featpatch.circuits.clean_runs import Array, CleanRuns
 from featpatch.effects.statistics import check_gap
 from featpatch.engine.journal import Journal, batch_key
@@ -245,13 +245,13 @@ class Graph(CleanRuns):
         """Estimate by gradients how much the mean metric loses with each item ablated by itself, `[items]`; see `attribution`.
 
         Raises:
-            FeatpatchError: if the metric has no gradient, or a gradient of zero where `"estimate"` needs it.
+            FeatpatchError: if the metric has no gradient, or a gradient of zero in the clean run, where it is taken.
         """
-        if scores == "estimate" and self.reads_clean:
+        if scores not in STEPPED and self.reads_clean:
             now = self.values([self.items])[0]
             if np.abs(now).max() <= FLAT * np.abs(self.empty).max():
                 raise FeatpatchError(
-                    f"metric {self.name!r} with scores='estimate': expected a gradient that is not zero, but this metric's is "
+                    f"metric {self.name!r} with scores={scores!r}: expected a gradient that is not zero, but this metric's is "
                     "zero in the unpatched clean run; use scores='eap_ig_inputs', 'eap_ig_activations' or 'exact', or another "
                     "metric"
                 )

@@ -22,6 +22,7 @@ from featpatch.circuits.attribution import ESTIMATED_AT_ONCE, Point
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.graph import Graph
 from featpatch.errors import FeatpatchError
+from featpatch.model.backward import modified
 from featpatch.model.lens import Edit, added
 from featpatch.nodes import Edge, Node
 from featpatch.patching.ablation import Everywhere
@@ -351,6 +352,7 @@ class _Gradients:
             return activation + (value - activation.detach())  # what is written below still has its gradient
 
         with torch.enable_grad(), ExitStack() as stack:
+            stack.enter_context(modified(graph.lens, point.rules))
             if point.place and not point.local:
                 stack.enter_context(graph.lens.edit(sites.resid_pre(0), entering))
             stack.enter_context(graph._editing({name: perturbed(name) for name in self.edits}, self.live))

@@ -66,7 +66,7 @@ DIGITS = 19
 """From this many digits a number can't be a position, and Python may refuse to convert it."""
 LOGIT_DIFF = ["logit_diff"]
 Method = Annotated[
-    Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop"],
+    Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop", "relp", "relp_qk", "gim"],
     typer.Option(help="How to compute effects: exact runs every patch; the others estimate effects from gradients."),
 ]
 Device = Annotated[str, typer.Option(help="Device to run on, e.g. cpu or cuda.")]
@@ -191,8 +191,8 @@ def check_methods(method: str, screen: "fp.Screen | None", metric: list[str], di
     from featpatch.ranking.rank import check_estimation
 
     check_estimation(method, metric, ways(direction), options)
-    if screen is not None:
-        check_estimation(screen.method, metric[:1], ways(direction), {})
+    for each in () if screen is None else screen.methods:
+        check_estimation(each, metric[:1], ways(direction), {})
 
 
 def ways(direction: str) -> Any:

@@ -35,21 +35,37 @@ class UnsupportedError(Exception):
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm, or RMSNorm if `centred` is False; both in float32 at least."""
+    """LayerNorm, or RMSNorm if `centred` is False; both in float32 at least.
+
+    Attributes:
+        centred: whether the mean is subtracted.
+        weight, bias: what the normed input is multiplied by and what is added; None for nothing.
+        eps: the number added to the variance.
+        frozen: whether the scale passes no gradient on.
+    """
 
     centred: bool
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     eps: float
+    frozen: bool = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise rows, on the device of the weight."""
         x = x if self.weight is None else x.to(self.weight.device)
+        if self.frozen:
+            return self._with_constant_scale(x)
         if self.centred:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         weight = self.weight if self.weight is None else self.weight.to(wide.dtype)
         return F.rms_norm(wide, x.shape[-1:], weight, self.eps).to(x.dtype)
+
+    def _with_constant_scale(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        found = self._centred(wide) / self._scale(wide).detach()
+        found = found if self.weight is None else found * self.weight.to(found)
+        return (found if self.bias is None else found + self.bias.to(found)).to(x.dtype)
 
     def pull(self, weights: Rows, at: Rows) -> Rows:
         """Return the gradient of `norm(at) @ weights` with respect to `at`, row by row, with the scale frozen at its value.
@@ -57,18 +73,21 @@ class Norm:
         Because the norm with a frozen scale is linear except for its bias, the contribution of each summand of `at` is its
         product with this gradient.
         """
-        at = at - at.mean(-1, keepdim=True) if self.centred else at
-        found = weights / (at.square().mean(-1, keepdim=True) + self.eps).sqrt()
-        found = found if self.weight is None else found * self.weight.to(found)
-        return found - found.mean(-1, keepdim=True) if self.centred else found
+        found = weights / self._scale(at)
+        return self._centred(found if self.weight is None else found * self.weight.to(found))
 
     def push(self, changes: Float[torch.Tensor, "changes rows d"], at: Rows) -> Float[torch.Tensor, "changes rows d"]:
-        """Return the change of `norm(at)` to first order in each change of `at`, with the change of the scale."""
-        if self.centred:
-            at, changes = at - at.mean(-1, keepdim=True), changes - changes.mean(-1, keepdim=True)
-        scale = (at.square().mean(-1, keepdim=True) + self.eps).sqrt()
-        found = (changes - at * (at * changes).mean(-1, keepdim=True) / scale.square()) / scale
+        """Return the change of `norm(at)` to first order in each change of `at`; the scale changes too unless it is frozen."""
+        scale, at, changes = self._scale(at), self._centred(at), self._centred(changes)
+        of_scale = 0 if self.frozen else at * (at * changes).mean(-1, keepdim=True) / scale.square()
+        found = (changes - of_scale) / scale
         return found if self.weight is None else found * self.weight.to(found)
+
+    def _centred(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def _scale(self, at: torch.Tensor) -> torch.Tensor:
+        return (self._centred(at).square().mean(-1, keepdim=True) + self.eps).sqrt()
 
 
 @dataclass(frozen=True)
@@ -83,21 +102,56 @@ class Linear:
         return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
 
+def hidden(
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    z: torch.Tensor,
+    other: torch.Tensor | None = None,
+    *,
+    scaled: bool = False,
+    halved: bool = False,
+) -> torch.Tensor:
+    """Return the hidden layer of an MLP, `act(z)`, or of a gated one, `act(z) * other`.
+
+    Args:
+        activation: the activation function.
+        z: its input.
+        other: the other factor of a gated MLP.
+        scaled: whether gradients pass the activation function as the product of z with the constant `act(z) / z`, which is the
+            limit from above where z is 0.
+        halved: whether each factor of a gated MLP gets half of its gradient.
+    """
+    active = activation(z)
+    if scaled:
+        at = z.detach().where(z != 0, torch.finfo(z.dtype).tiny ** 0.25)
+        active = z * (activation(at) / at)
+    if other is None:
+        return active
+    return (active * other.detach() + active.detach() * other) / 2 if halved else active * other
+
+
 @dataclass(frozen=True)
 class Mlp:
-    """An MLP: `act(x W_in + b_in) W_out + b_out`, or gated `(act(x W_gate) * (x W_in) + b_in) W_out + b_out`."""
+    """An MLP: `act(x W_in + b_in) W_out + b_out`, or gated `(act(x W_gate) * (x W_in) + b_in) W_out + b_out`.
+
+    Attributes:
+        activation: the activation function.
+        gate, into, out: the projections.
+        scaled, halved: how gradients pass the hidden layer, see `hidden`.
+    """
 
     activation: Callable[[torch.Tensor], torch.Tensor]
     gate: Linear | None
     into: Linear
     out: Linear
+    scaled: bool = False
+    halved: bool = False
 
     def __call__(self, x: Rows) -> Rows:
         """Apply the MLP to rows."""
         if self.gate is None:
-            return self.out(self.activation(self.into(x)))
-        hidden = self.activation(self.gate(x)) * (x @ self.into.weight)
-        return self.out(hidden if self.into.bias is None else hidden + self.into.bias)
+            return self.out(hidden(self.activation, self.into(x), scaled=self.scaled))
+        inner = hidden(self.activation, self.gate(x), x @ self.into.weight, scaled=self.scaled, halved=self.halved)
+        return self.out(inner if self.into.bias is None else inner + self.into.bias)
 
 
 @dataclass(frozen=True)

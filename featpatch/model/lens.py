@@ -196,10 +196,11 @@ class Lens(Model, ABC):
         return site
 
     @contextmanager
-    def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
+    def edit(self, site: str, change: Edit, *, first: bool = False, last: bool = False) -> Iterator[Fired]:
         """Pass the activation at `site` through `change` in calls of this thread, until the context ends.
 
-        `change` runs after existing hooks or, with `first`, before them. `reset_hooks` does not remove it.
+        `change` runs after existing hooks or, with `first`, before them; with `last` it also runs after edits that are made
+        later. `reset_hooks` does not remove it.
         """
         point, firing = self.hook_points[self.site(site)], Fired()
 
@@ -208,7 +209,7 @@ class Lens(Model, ABC):
             firing.count += changed is not None
             return changed
 
-        with editing(self.model, point, hook, first=first):
+        with editing(self.model, point, hook, first=first, last=last):
             yield firing
 
     @torch.no_grad()

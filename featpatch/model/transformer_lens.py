@@ -105,10 +105,10 @@ class BridgeLens(Lens):
             return self.run(tokens)[:, 0]
 
     @contextmanager
-    def edit(self, site: str, change: Edit, *, first: bool = False) -> Iterator[Fired]:
+    def edit(self, site: str, change: Edit, *, first: bool = False, last: bool = False) -> Iterator[Fired]:
         """Edit an activation, see `Lens.edit`."""
         _ = self._wraps  # computing it runs the model, which must not be edited yet
-        with super().edit(site, change, first=first) as fired:
+        with super().edit(site, change, first=first, last=last) as fired:
             yield fired
 
     def _points(self) -> Mapping[str, HookPoint]:

@@ -16,7 +16,7 @@ from typing import Any
 from featpatch.attribution.components import component_estimators
 from featpatch.attribution.estimates import Estimator, estimated
 from featpatch.attribution.features import FeatureEstimator
-from featpatch.attribution.gradients import PairGradients
+from featpatch.attribution.gradients import METHODS, STEPPED, PairGradients
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.model.transformer_lens import wrap
@@ -30,7 +30,7 @@ from featpatch.patching.study import Options, Study
 from featpatch.ranking.rank import METRIC, Method, gradients_of
 from featpatch.sae.dictionary import Dictionary
 
-OF_THE_CLEAN_RUN = ("atp", "grad_drop")
+OF_THE_CLEAN_RUN = tuple(method for method in METHODS if method not in STEPPED)
 """The methods of estimation whose gradients are those of the clean run, and need no corrupted run."""
 
 
@@ -77,8 +77,9 @@ def ablate(
             SAE needs to decode (norms, skip paths) is kept from the base run.
         reference: pairs whose clean and corrupted prompts are averaged or resampled; `pairs` by default. Not for a number.
         seed: the seed for resampling; 0 by default.
-        method: `"exact"` to run every ablation; `"atp"` or `"grad_drop"` to estimate all of them from one gradient per prompt,
-            (ablation value - value) . gradient. It can also be an `fp.Gradients` with one of these methods.
+        method: `"exact"` to run every ablation; `"atp"`, `"grad_drop"`, `"relp"`, `"relp_qk"` or `"gim"` to estimate all of
+            them from one gradient per prompt, (ablation value - value) . gradient. It can also be an `fp.Gradients` with one of
+            these methods.
         positions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
 
     Returns:

@@ -27,7 +27,7 @@ from featpatch.patching.study import Options, Study
 from featpatch.ranking.screen import Screen, screened
 from featpatch.sites import DEFAULT_COMPONENTS, Route
 
-Method = Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop"] | Gradients
+Method = Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop", "relp", "relp_qk", "gim"] | Gradients
 """`"exact"` runs every patch; all others estimate the effects from gradients."""
 
 BUDGET = 20_000
@@ -80,10 +80,10 @@ def rank_features(
             or, with `method=fp.Gradients(...)`, the metric of the gradients. For answers of several tokens
             use `"sequence_log_prob"` or `"sequence_log_prob_diff"`, which are teacher-forced and take one forward pass per
             token.
-        method: `"exact"` to run every patch. `"atp"`, `"ig"`, `"eap_ig_inputs"` and `"grad_drop"` estimate the effects from
-            gradients, at the cost of a few forward and backward passes per pair, whatever the number of features; see
-            `fp.Gradients`, which can also be given as the method, to choose its options and to reuse what it has computed. Use
-            `fp.calibrate` to find out how far estimates can be trusted.
+        method: `"exact"` to run every patch. `"atp"`, `"ig"`, `"eap_ig_inputs"`, `"grad_drop"`, `"relp"`, `"relp_qk"` and
+            `"gim"` estimate the effects from gradients, at the cost of a few forward and backward passes per pair, whatever the
+            number of features; see `fp.Gradients`, which can also be given as the method, to choose its options and to reuse
+            what it has computed. Use `fp.calibrate` to find out how far estimates can be trusted.
         screen: estimate all features and patch only those that are likely to matter, with a random sample of the others.
         combine: what the patch of a feature that writes to several hook points means (cross-layer transcoders, crosscoders).
             `"add"`: each change is added to what arrives, which the changes below have moved already. `"set"`: the activation
@@ -136,7 +136,7 @@ def rank_features(
         raise FeatpatchError(
             "screen=... with noise: expected no noise, because estimates need corrupted prompts; leave one of them out"
         )
-    estimates = estimate(_screening(screen, model, pairs, metric))
+    estimates = [estimate(of_method) for of_method in _screening(screen, model, pairs, metric)]
     return screened(screen, estimates, lambda only: feature_study(model, saes, pairs, asked, only)[0], run)
 
 
@@ -235,7 +235,7 @@ def rank_paths(
         route: which components between sender and receiver are recomputed, the others being frozen at their values in the base
             run: `"direct"` (none: the residual stream alone), `"through_mlps"` (MLPs), `"through_attention"` (attention with
             its patterns, so queries, keys and values change), or `"all"` (both).
-        method: `"exact"` or `"atp"`, or an `fp.Gradients` of method `"atp"`.
+        method: `"exact"`, `"atp"`, `"relp"`, `"relp_qk"` or `"gim"`, or an `fp.Gradients` of one of these methods.
         screen: as in `rank_features`. `"auto"` screens if there are more than 20,000 paths, with `k=2000` and `audit=500`; None
             runs all paths.
         directions, metric, batch_rows, journal, executor, progress: as in `rank_features`.
@@ -289,7 +289,7 @@ def rank_paths(
         edges = frozenset(edge for edge in only if isinstance(edge, Edge))
         return path_study(model, pairs, saes, senders, receivers, route, asked, edges)[0]
 
-    return screened(chosen, estimate(_screening(chosen, model, pairs, metric)), study_of, run)
+    return screened(chosen, [estimate(of_method) for of_method in _screening(chosen, model, pairs, metric)], study_of, run)
 
 
 def check_estimation(method: str, metric: Metrics, directions: Sequence[Direction], options: Mapping[str, Any]) -> None:
@@ -319,9 +319,9 @@ def _check_estimates(name: str, options: Mapping[str, Any]) -> None:
         )
 
 
-def _screening(screen: Screen, model: Any, pairs: Pairs, metric: Metrics) -> Gradients:
-    """Return the gradients from which a screen estimates, of the first metric."""
-    return Gradients(model, pairs, metric=leading(metric), method=screen.method, keep=False)
+def _screening(screen: Screen, model: Any, pairs: Pairs, metric: Metrics) -> list[Gradients]:
+    """Return the gradients from which a screen estimates, of the first metric, for each method."""
+    return [Gradients(model, pairs, metric=leading(metric), method=method, keep=False) for method in screen.methods]
 
 
 def gradients_of(

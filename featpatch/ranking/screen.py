@@ -34,36 +34,46 @@ class Screen:
     Every value of the resulting table is exact; `effects.audit()` bounds what was missed, and `effects.to_pandas()` also shows
     the estimates. `fp.plan` tells whether this is faster than the full sweep.
 
+    Methods of estimation err at different hook points. With several methods, the k nodes are those with the best rank in any of
+    them: the first of each method, then the second of each, and so on. The estimates shown are those of the first method.
+
     Attributes:
         k: how many nodes are patched because of their estimates.
         audit: how many of the other nodes are patched, drawn at random.
         target: the share of the true `top` that should be among the patched nodes, with 95 % confidence: the sample is doubled
             until the bound reaches it. None for a single sample.
         top: the length of the ranking that `target` refers to; by default 20, or `k` if that is smaller.
-        method: the method of estimation, see `fp.Gradients`.
+        method: the method of estimation, see `fp.Gradients`; or several, such as `("atp", "relp")`.
         seed: the seed of the random sample.
 
     Raises:
-        FeatpatchError: if a number is out of range, or the method is unknown.
+        FeatpatchError: if a number is out of range, or a method is unknown or given twice.
 
     Examples:
         >>> screen = fp.Screen(k=20, audit=80)
         >>> screened = fp.rank_features(model, saes, pairs, positions=["S2"], screen=screen, progress=False)
         >>> len(screened.where(kind="feature"))
         83
+        >>> both = fp.Screen(k=20, audit=80, method=("atp", "relp"))
+        >>> union = fp.rank_features(model, saes, pairs, positions=["S2"], screen=both, progress=False)
+        >>> union.metadata["screening"]["method"]
+        'atp, relp'
     """
 
     k: int = 200
     audit: int = 100
     target: float | None = None
     top: int | None = None
-    method: str = "atp"
+    method: str | Sequence[str] = "atp"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_numbers(1, k=self.k, audit=self.audit, top=1 if self.top is None else self.top)
         check_numbers(0, seed=self.seed)
-        check_method(self.method)
+        for method in self.methods:
+            check_method(method)
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise FeatpatchError(f"method={self.method!r}: expected a method of estimation, or several, each once")
         if self.target is not None and not (is_number(self.target) and 0 < self.target <= 1):
             raise FeatpatchError(
                 f"target={self.target!r}: expected a fraction above 0 and at most 1, or None for a single sample"
@@ -72,23 +82,28 @@ class Screen:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, kind(getattr(self, name)))  # NumPy's numbers can't be saved as metadata
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods of estimation."""
+        one = isinstance(self.method, str) or not isinstance(self.method, Sequence)
+        return (self.method,) if one else tuple(self.method)  # type: ignore[return-value]
+
 
 def screened(
-    screen: Screen, estimate: Effects, study_of: Callable[[frozenset[Node]], Study], run: Callable[[Study], Effects]
+    screen: Screen, estimates: Sequence[Effects], study_of: Callable[[frozenset[Node]], Study], run: Callable[[Study], Effects]
 ) -> Effects:
     """Measure the exact effects of the nodes that screening chooses.
 
     Args:
         screen: the settings.
-        estimate: the estimates of all nodes.
+        estimates: the estimates of all nodes by each method.
         study_of: makes a study of some nodes.
         run: runs a study.
 
     Raises:
         FeatpatchError: if the input is unusable, or `top` exceeds the number of nodes patched because of their estimates.
     """
-    features = estimate.take(estimate.ranked)
-    nodes = [features.nodes[row] for row in np.argsort(-features.sizes(), kind="stable")]
+    estimate, nodes = estimates[0], by_best_rank(estimates)
     first, rest = nodes[: screen.k], nodes[screen.k :]
     top = min(TOP, len(first)) if screen.top is None else screen.top
     if top > len(first):
@@ -101,7 +116,7 @@ def screened(
     looks = max(1, sum(size < len(rest) for size in sizes))
     _warn(screen, len(nodes), len(rest), top, looks)
     changed = Counter((node.sae, node.site, node.position) for node in nodes)
-    about = {"k": len(first), "candidates": len(nodes), "looks": looks,
+    about = {**vars(screen), "method": ", ".join(screen.methods), "k": len(first), "candidates": len(nodes), "looks": looks,
              "changed_features": [[*key, count] for key, count in changed.items()]}  # fmt: skip
     tables: list[Effects] = []
     done = 0
@@ -117,13 +132,27 @@ def screened(
             if not tables:
                 finished = set(found.nodes)
                 order = [node for node in (*first, *drawn[:size]) if node in finished]
-                return _noted(found, order, estimate, {**vars(screen), **about, "sampled": size})
+                return _noted(found, order, estimate, {**about, "sampled": size})
             break
         tables, done = [*tables, found], size
-        table = _noted(concatenated(tables), [*first, *drawn[:done]], estimate, {**vars(screen), **about, "sampled": done})
+        table = _noted(concatenated(tables), [*first, *drawn[:done]], estimate, {**about, "sampled": done})
         if screen.target is not None and table.audit(top=top).recall >= screen.target:
             break
     return table
+
+
+def by_best_rank(estimates: Sequence[Effects]) -> list[Node]:
+    """Return the ranked nodes of tables of estimates, by their best rank by |estimate| in any of the tables.
+
+    Of nodes with the same rank, that of the earlier table comes first.
+    """
+    best: dict[Node, tuple[int, int]] = {}
+    for number, table in enumerate(estimates):
+        features = table.take(table.ranked)
+        for rank, row in enumerate(np.argsort(-features.sizes(), kind="stable")):
+            node = features.nodes[row]
+            best[node] = min((rank, number), best.get(node, (rank, number)))
+    return sorted(best, key=best.__getitem__)
 
 
 def _warn(screen: Screen, candidates: int, rest: int, top: int, looks: int) -> None:

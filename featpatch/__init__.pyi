@@ -48,5 +48,6 @@ from .sites import head as head
 from .splicing import loss_recovered as loss_recovered
 from .streaming.stored import Stored as Stored
 from .streaming.stream import stream_features as stream_features
+from .tracing.graph import attribution_graph as attribution_graph
 from .verifying import verify as verify
 from .views import active_features as active_features, attention_pattern as attention_pattern

@@ -17,7 +17,7 @@ import pytest
 import featpatch as fp
 from featpatch import Node
 from featpatch.diagram.draw import dot, figure
-from featpatch.diagram.viewers import attribution_graph, interactive
+from featpatch.diagram.viewers import interactive, viewer_json
 
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
 MARKUP = "<b>bold</b> &amp; <br>"
@@ -391,8 +391,8 @@ def read_by_viewers(data: dict[str, Any]) -> None:
     assert "node_threshold" not in data["metadata"]  # a number starts pruning by influence; null breaks Neuronpedia's schema
 
 
-def test_attribution_graph() -> None:
-    data = attribution_graph(at_tokens(), tokens=TOKENS, slug="ioi-1", model="demo")
+def test_viewer_json() -> None:
+    data = viewer_json(at_tokens(), tokens=TOKENS, slug="ioi-1", model="demo")
     data = json.loads(json.dumps(data, allow_nan=False))
     format_of_circuit_tracer().model_validate(data)
     read_by_viewers(data)
@@ -440,7 +440,7 @@ def test_numbers_of_a_viewer_are_unique() -> None:
                 for sae in ("a,b", EVIL):
                     for position in (0, 1):
                         graph.add_node(Node(site, kind, index, position, sae))
-    data = attribution_graph(graph, tokens=TOKENS, slug="s", model="demo")
+    data = viewer_json(graph, tokens=TOKENS, slug="s", model="demo")
     format_of_circuit_tracer().model_validate(data)
     read_by_viewers(data)
     assert {node["feature_type"] for node in data["nodes"]} == {
@@ -470,7 +470,7 @@ def test_graphs_that_are_refused(show: Any) -> None:
 
 
 def attribution(graph: Any, **changes: Any) -> Any:
-    return attribution_graph(graph, **{"tokens": TOKENS, "slug": "s", "model": "demo", **changes})
+    return viewer_json(graph, **{"tokens": TOKENS, "slug": "s", "model": "demo", **changes})
 
 
 def test_labels_and_all_positions_are_placed_at_tokens() -> None:
@@ -490,7 +490,7 @@ def test_graphs_of_what_is_no_list_of_nodes_are_refused() -> None:
             fp.diagram.graph(items, effects)
 
 
-def test_attribution_graphs_that_are_refused() -> None:
+def test_graphs_that_viewers_are_refused() -> None:
     two = at_tokens()
     two.add_node(replace(LOGITS, position=3))
     for call, message in (

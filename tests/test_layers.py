@@ -20,7 +20,7 @@ LAYERS = (
     ("tasks", "model"),
     ("effects", "sae"),
     ("engine", "dictionaries"),
-    ("patching", "attribution", "descriptions", "views", "comparison"),
+    ("patching", "attribution", "tracing", "descriptions", "views", "comparison"),
     ("ranking", "selfcheck", "splicing", "circuits", "verifying"),
     ("reporting", "streaming"),
     ("loading",),

@@ -2,6 +2,6 @@
 
 from featpatch.diagram.draw import dot, figure
 from featpatch.diagram.graph import graph
-from featpatch.diagram.viewers import attribution_graph, interactive, sections
+from featpatch.diagram.viewers import viewer_json, interactive, sections
 
-__all__ = ["attribution_graph", "dot", "figure", "graph", "interactive", "sections"]
+__all__ = ["viewer_json", "dot", "figure", "graph", "interactive", "sections"]

@@ -19,7 +19,7 @@ SIGNS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
 """The symbols that circuit-tracer writes for white space in a token."""
 
 
-def attribution_graph(
+def viewer_json(
     graph: Any,
     *,
     tokens: Sequence[str],
@@ -69,7 +69,7 @@ def attribution_graph(
         >>> mlps = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation", None, 27) for layer in range(2)]
         >>> graph = fp.diagram.graph([fp.Edge.of(mlps[0], mlps[1]), fp.Edge.of(mlps[1], fp.LOGITS)], [0.5, 0.2])
         >>> tokens = model.tokenizer.convert_ids_to_tokens(pairs[0].clean)
-        >>> viewed = fp.diagram.attribution_graph(graph, tokens=tokens, slug="ioi", model="demo")
+        >>> viewed = fp.diagram.viewer_json(graph, tokens=tokens, slug="ioi", model="demo")
         >>> _ = (folder / "ioi.json").write_text(json.dumps(viewed))
         >>> len(viewed["nodes"]), len(viewed["links"])
         (3, 2)

@@ -51,8 +51,10 @@ class Norm:
         weight = self.weight if self.weight is None else self.weight.to(wide.dtype)
         return F.rms_norm(wide, x.shape[-1:], weight, self.eps).to(x.dtype)
 
-    def pull(self, weights: Rows, at: Rows) -> Rows:
+    def pull(self, weights: Float[torch.Tensor, "*rows d"], at: Float[torch.Tensor, "*at d"]) -> Float[torch.Tensor, "*rows d"]:
         """Return the gradient of `norm(at) @ weights` with respect to `at`, row by row, with the scale frozen at its value.
+
+        The leading axes of `at` broadcast to those of `weights`.
 
         Because the norm with a frozen scale is linear except for its bias, the contribution of each summand of `at` is its
         product with this gradient.
@@ -61,6 +63,16 @@ class Norm:
         found = weights / (at.square().mean(-1, keepdim=True) + self.eps).sqrt()
         found = found if self.weight is None else found * self.weight.to(found)
         return found - found.mean(-1, keepdim=True) if self.centred else found
+
+    def scaled(self, x: Float[torch.Tensor, "*rows d"], at: Float[torch.Tensor, "*at d"]) -> Float[torch.Tensor, "*rows d"]:
+        """Return what a summand `x` of `at` contributes to `norm(at)` with the scale frozen; the bias is not included.
+
+        The leading axes of `at` broadcast to those of `x`.
+        """
+        if self.centred:
+            x, at = x - x.mean(-1, keepdim=True), at - at.mean(-1, keepdim=True)
+        found = x / (at.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        return found if self.weight is None else found * self.weight.to(found)
 
     def push(self, changes: Float[torch.Tensor, "changes rows d"], at: Rows) -> Float[torch.Tensor, "changes rows d"]:
         """Return the change of `norm(at)` to first order in each change of `at`, with the change of the scale."""

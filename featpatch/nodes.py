@@ -16,8 +16,8 @@ Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron
 every feature, with the error kept. `activation`: the whole activation, which is all features and the error. `head`: one
 attention head of the activation at a hook point of attention. `neuron`: one neuron of an MLP. `set`: several nodes together,
 by their number in the call that names them. `random`: a random direction, a control. `edge`: the effect of one node through
-another, see `Edge`. `rest`: the complement of the named nodes of a dictionary in the activation. `logit`: the logit of one token,
-by its id: an output of an attribution graph."""
+another, see `Edge`. `rest`: the complement of the named nodes of a dictionary in the activation. `logit`: the logit of one
+token, by its id: an output of an attribution graph."""
 
 KINDS: tuple[str, ...] = get_args(Kind)
 

@@ -317,7 +317,7 @@ def test_text_of_users_is_text(browser: Any, tmp_path: Path) -> None:
 
 
 def format_of_circuit_tracer() -> Any:
-    """What circuit-tracer at d797c82 says a graph is, with the types that JSON has."""
+    """What circuit-tracer at 196e2ce says a graph is, with the types that JSON has."""
     pydantic = pytest.importorskip("pydantic")
     strict = pydantic.ConfigDict(strict=True)
 
@@ -329,6 +329,7 @@ def format_of_circuit_tracer() -> Any:
         prompt_tokens: list[str]
         prompt: str
         node_threshold: float | None = None
+        schema_version: int | None = 1
 
     class Query(pydantic.BaseModel):
         model_config = strict
@@ -397,7 +398,7 @@ def test_viewer_json() -> None:
     format_of_circuit_tracer().model_validate(data)
     read_by_viewers(data)
     assert data["metadata"]["prompt"] == "<bos>When Mary\n John"
-    assert data["metadata"]["prompt_tokens"] == ["<bos>", "When", " Mary", "⏎", " John"]
+    assert data["metadata"]["prompt_tokens"] == ["<bos>", "When", " Mary", "\n", " John"]
     assert (data["metadata"]["slug"], data["metadata"]["scan"], data["metadata"]["schema_version"]) == ("ioi-1", "demo", 1)
     found = {node["clerp"]: node for node in data["nodes"]}
     fields = ("node_id", "feature", "layer", "ctx_idx", "feature_type", "is_target_logit", "jsNodeId")

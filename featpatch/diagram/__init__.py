@@ -2,6 +2,6 @@
 
 from featpatch.diagram.draw import dot, figure
 from featpatch.diagram.graph import graph
-from featpatch.diagram.viewers import viewer_json, interactive, sections
+from featpatch.diagram.viewers import interactive, sections, viewer_json
 
-__all__ = ["viewer_json", "dot", "figure", "graph", "interactive", "sections"]
+__all__ = ["dot", "figure", "graph", "interactive", "sections", "viewer_json"]

@@ -151,14 +151,13 @@ class SaeCodec(Codec):
         return weights[features.to(weights.device)] / self.scale
 
     def encoders(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return the encoder's vectors and biases, see `Codec.encoders`; None for SAEs with other encoders or run-time norms."""
+        """Return the encoder's vectors and biases, see `Codec.encoders`; None for other encoders and norms at run time."""
         sae, weight, bias = self.sae, getattr(self.sae, "W_enc", None), getattr(self.sae, "b_enc", None)
-        fitting = isinstance(weight, torch.Tensor) and weight.shape == (self.d_in, self.d_sae) and isinstance(bias, torch.Tensor)
-        if not fitting or sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+        known = isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)
+        if not known or sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
             return None
-        assert isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)
-        at, wide = features.to(weight.device), self._decoder.dtype
-        rows, biases = weight.detach()[:, at].T.to(wide), bias.detach()[at].to(wide)
+        at, wide = features.to(sae.device), self._decoder.dtype
+        rows, biases = sae.W_enc.detach()[:, at].T.to(wide), sae.b_enc.detach()[at].to(wide)
         if sae.cfg.apply_b_dec_to_input and not isinstance(sae, Transcoder):
             biases = biases - rows @ sae.b_dec.detach().to(wide)
         if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):

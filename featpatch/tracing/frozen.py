@@ -137,7 +137,8 @@ class Attention:
         summed = wide(made.outputs(z).sum(0) + made.bias)
         pattern = wide(read[sites.component(layer, "pattern")])[0]
         before = Reading(2 * layer, made.layer.norm1, x)
-        return cls(pattern.to(x), *map(wide, (value, bias, made.out, made.bias)), before, made.layer.post1, summed)
+        value, bias, out, out_bias = (wide(weight).to(x) for weight in (value, bias, made.out, made.bias))
+        return cls(pattern.to(x), value, bias, out, out_bias, before, made.layer.post1, summed)
 
     def pull(self, gradient: Gradient) -> tuple[Gradient, Float[torch.Tensor, " targets"]]:
         """Return the gradient below attention, and the contribution of the biases of attention to each target."""

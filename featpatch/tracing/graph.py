@@ -94,14 +94,26 @@ def attribution_graph(
     ids, left_out = _prompt(lens, prompt)
     tokens = torch.tensor([ids])
     path = FrozenPath.of(lens, tokens)
-    found = sources(lens, path, dictionaries(lens, transcoders), tokens)
+    given = dictionaries(lens, transcoders)
+    found = sources(lens, path, given, tokens)
     logits = _Logits.of(lens, path, tokens, targets)
     hidden = [node.position in left_out and not special for node in (*found.features, *found.errors)]
     made = _Builder(path, found, logits, torch.tensor([*hidden, *[False] * len(ids)], device=path.streams[0].device))
-    with tqdm(total=len(found.features) - sum(hidden), unit="feature", desc="attributing", disable=not progress) as bar:
+    own = int((~made.hidden[: len(found.features)]).sum())
+    total = own if size is None else min(size, own)
+    with tqdm(total=total, unit="feature", desc="attributing", disable=not progress) as bar:
         graph = made.graph(size, bar.update)
-    graph = replace(graph, prompt=tuple(ids), words=_words(lens, ids), answers=_words(lens, logits.tokens), model=lens.name,
-                    text="" if lens.tokenizer is None else lens.tokenizer.decode(list(ids)))  # fmt: skip
+    known = {each.source_set for each in given}
+    graph = replace(
+        graph,
+        prompt=tuple(ids),
+        words=_words(lens, ids),
+        text="" if lens.tokenizer is None else lens.tokenizer.decode(list(ids)),
+        answers=_words(lens, logits.tokens),
+        model=lens.name,
+        n_layers=lens.n_layers,
+        source_set=known.pop() if len(known) == 1 else "",
+    )
     _check_sums(lens, graph)
     return graph
 
@@ -115,21 +127,24 @@ def _prompt(lens: Lens, prompt: Any) -> tuple[tuple[int, ...], frozenset[int]]:
     if isinstance(prompt, Pair):
         pair = prompt
     elif isinstance(prompt, str) and prompt and lens.tokenizer is not None:
-        pair = Pair(prompt_ids(lens.model, prompt), None)
+        pair = _alone(prompt_ids(lens.model, prompt))
     elif isinstance(prompt, str):
         missing = "the model has no tokenizer" if prompt else "it is empty"
         raise FeatpatchError(f"prompt={prompt!r:.60}, and {missing}: expected a text, or the token ids of one as a list")
     else:
-        listed = prompt.flatten().tolist() if isinstance(prompt, torch.Tensor) else prompt
-        if not isinstance(listed, (list, tuple)) or not listed or not all(map(is_integer, listed)):
+        if not isinstance(prompt, (list, tuple)) or not prompt or not all(map(is_integer, prompt)):
             raise FeatpatchError(f"prompt={prompt!r:.60}: expected a text, a list of token ids, or a pair such as pairs[0]")
-        pair = Pair(tuple(map(int, listed)), None)
+        pair = _alone(tuple(map(int, prompt)))
     check_tokens(Pairs((pair,)), lens)
     ids = pair.clean[: (pair.answer_position % len(pair.clean)) + 1]
     special = pair.special
     if lens.tokenizer is not None:
         special = special | special_positions(lens.tokenizer, ids)
     return ids, frozenset(at for at in special if at < len(ids))
+
+
+def _alone(ids: tuple[int, ...]) -> Pair:
+    return Pair(ids, ids, (), ())
 
 
 def _words(lens: Lens, ids: Sequence[int]) -> tuple[str, ...]:
@@ -171,11 +186,7 @@ class _Logits:
         vectors = columns if head.norm is None else head.norm.pull(columns, final[last][None])
         depths = torch.full((len(chosen),), len(path.streams) - 1, device=like.device)
         return cls(
-            chosen,
-            probabilities[list(chosen)],
-            values,
-            Targets(depths, torch.full_like(depths, last), vectors),
-            constants,
+            chosen, probabilities[list(chosen)], values, Targets(depths, torch.full_like(depths, last), vectors), constants
         )
 
     @staticmethod
@@ -184,14 +195,15 @@ class _Logits:
             top = probabilities.topk(min(LOGITS_AT_MOST, len(probabilities)))
             n = int(torch.searchsorted(top.values.cumsum(0), PROBABILITY)) + 1
             return tuple(top.indices[:n].tolist())
-        listed = wanted.tolist() if isinstance(wanted, torch.Tensor) else wanted
-        if isinstance(listed, str) or not isinstance(listed, (list, tuple)) or not listed:
+        if not isinstance(wanted, (list, tuple)) or not wanted:
             raise FeatpatchError(f"targets={wanted!r:.60}: expected a list of tokens, such as [' Mary', ' John'], or None")
-        if any(isinstance(each, str) for each in listed) and lens.tokenizer is None:
+        if any(isinstance(each, str) for each in wanted) and lens.tokenizer is None:
             raise FeatpatchError(f"targets={wanted!r:.60}, and the model has no tokenizer: expected token ids")
-        chosen = [AnswerTokens(lens.model, None).one(each) if isinstance(each, str) else each for each in listed]
+        chosen = [AnswerTokens(lens.model, None).one(each) if isinstance(each, str) else each for each in wanted]
         if not all(is_integer(each) and 0 <= each < len(probabilities) for each in chosen) or len(set(chosen)) < len(chosen):
-            raise FeatpatchError(f"targets={wanted!r:.60}: expected different tokens, or ids from 0 to {len(probabilities) - 1}")
+            raise FeatpatchError(
+                f"targets={wanted!r:.60}: expected different tokens, or ids from 0 to {len(probabilities) - 1}"
+            )
         return tuple(map(int, chosen))
 
 
@@ -245,9 +257,7 @@ class _Builder:
         order = found.argsort(descending=True, stable=True)
         return order[~torch.isin(order, picked) & ~self.hidden[order]]
 
-    def _made(
-        self, rows: torch.Tensor, biases: torch.Tensor, others: torch.Tensor, picked: torch.Tensor
-    ) -> AttributionGraph:
+    def _made(self, rows: torch.Tensor, biases: torch.Tensor, others: torch.Tensor, picked: torch.Tensor) -> AttributionGraph:
         """Put rows in the order of the nodes, and drop sources that are not nodes."""
         known, logits = self.found, self.logits
         features, n_logits = len(known.features), len(logits.tokens)
@@ -266,14 +276,10 @@ class _Builder:
         matrix[at, : len(keep)] = rows[which][:, keep]
         weights = rows.new_zeros(total)
         weights[len(keep) :] = logits.probabilities
-        columns = {
-            name: rows.new_full((total,), torch.nan).index_put_((at,), value[which])
-            for name, value in (
-                ("biases", biases),
-                ("others", others),
-                ("values", torch.cat([logits.values, known.values[picked]])),
-            )
-        }
+        values = torch.cat([logits.values, known.values[picked]])
+        values, biases, others = (
+            rows.new_full((total,), torch.nan).index_put_((at,), value[which]) for value in (values, biases, others)
+        )
         strength = influence(normalised(matrix), weights)
         end = len(known.tokens) - 1
         nodes = (*(known.nodes[number] for number in keep.tolist()),
@@ -282,7 +288,9 @@ class _Builder:
         return AttributionGraph(
             nodes=nodes,
             adjacency=matrix.cpu().numpy(),
-            **{name: value.cpu().numpy() for name, value in columns.items()},
+            values=values.cpu().numpy(),
+            biases=biases.cpu().numpy(),
+            others=others.cpu().numpy(),
             probabilities=logits.probabilities.cpu().numpy(),
             influence=strength.cpu().numpy(),
             cumulative=cumulative(strength).cpu().numpy(),

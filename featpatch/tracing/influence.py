@@ -1,8 +1,8 @@
 """Influence in an attribution graph, and pruning by it, with the definitions of circuit-tracer.
 
-The matrix A `[target, source]` of direct effects is made positive and each of its rows is scaled to a sum of 1. The influence of
-a node on the logits is the sum over all paths, p (A + A^2 + ...), where p holds the probabilities of the logits (Ameisen et al.
-2025, `graph.py` of decoderesearch/circuit-tracer at 4bb8c0e).
+The matrix A `[target, source]` of direct effects is made positive and each of its rows is scaled to a sum of 1. The influence
+of a node on the logits is the sum over all paths, p (A + A^2 + ...), where p holds the probabilities of the logits (Ameisen et
+al. 2025, `graph.py` of decoderesearch/circuit-tracer at 4bb8c0e).
 """
 
 from dataclasses import dataclass

@@ -35,7 +35,9 @@ class AttributionGraph:
         left_out: the number of active features that are no nodes.
         prompt, words, text: the tokens of the prompt, as ids, each as text, and together as text.
         answers: the text of each logit's token.
-        model: the name of the model.
+        model: the name of the model, and `n_layers` the number of its layers.
+        source_set: the model and the set of sources on Neuronpedia that the transcoders are from, such as
+            `"gemma-2-2b/gemmascope-transcoder-16k"`; empty if they do not say.
         pruning: the shares of influence that nodes and edges were reduced to; None if the graph is complete.
 
     Examples:
@@ -60,6 +62,8 @@ class AttributionGraph:
     text: str = field(default="", repr=False)
     answers: tuple[str, ...] = field(default=(), repr=False)
     model: str = ""
+    n_layers: int = 0
+    source_set: str = ""
     pruning: tuple[float, float] | None = None
 
     @property
@@ -155,7 +159,8 @@ class AttributionGraph:
         if of == "edges":
             targets, found = self.adjacency.nonzero()
             order = np.argsort(-abs(self.adjacency[targets, found]), kind="stable")[:n]
-            ends = [(self.name(found[row]), self.name(targets[row]), self.adjacency[targets[row], found[row]]) for row in order]
+            pairs = [(int(found[row]), int(targets[row])) for row in order]
+            ends = [(self.name(source), self.name(target), self.adjacency[target, source]) for source, target in pairs]
             return Frame(ends, columns=["source", "target", "effect"])
         rows = []
         for number in np.argsort(-self.influence, kind="stable")[:n]:
@@ -213,7 +218,7 @@ class AttributionGraph:
             slug: the name of the file, and of the graph in a viewer's address.
             scan: the name of the model in the viewer, such as `"gemma-2-2b"`; by default the model's own.
             source_set: the set of sources on Neuronpedia whose dashboards are shown for the features, such as
-                `"gemmascope-transcoder-16k"`.
+                `"gemmascope-transcoder-16k"`; by default that of the transcoders, if they say so.
             groups: patches with names, such as `groups.patches` of `fp.group_features`; their nodes in the graph become
                 supernodes.
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -13,9 +13,6 @@ from featpatch.model.lens import Lens
 from featpatch.nodes import Node
 from featpatch.sae.dictionary import Dictionary, Split
 from featpatch.tracing.frozen import FrozenPath, Reading, Skip, Targets, Written, wide
-
-ENDS = ("hook_mlp_out", "mlp.hook_out")
-"""The hook points in a layer at which a transcoder may write: what its MLP adds, and the same in front of a norm."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +54,11 @@ def sources(lens: Lens, path: FrozenPath, found: Sequence[Dictionary], tokens: t
     return _Builder(lens, path, found, tokens).made()
 
 
-@dataclass
 class _Builder:
-    lens: Lens
-    path: FrozenPath
-    found: Sequence[Dictionary]
-    tokens: torch.Tensor
-    read: dict[str, torch.Tensor] = field(init=False)
+    """Reads transcoders on a prompt, see `sources`."""
 
-    def __post_init__(self) -> None:
+    def __init__(self, lens: Lens, path: FrozenPath, found: Sequence[Dictionary], tokens: torch.Tensor) -> None:
+        self.lens, self.path, self.found, self.tokens = lens, path, found, tokens
         owners: dict[int, str] = {}
         for each in self.found:
             _check(each)
@@ -77,7 +70,6 @@ class _Builder:
                         "for each; leave one out"
                     )
                 owners[layer] = each.name
-        lens = self.lens
         hooks = {sites.component(layer, "mlp_out") for layer in range(lens.n_layers) if lens.has_mlp(layer)}
         hooks |= {hook for each in self.found for hook in each.hooks}
         hooks |= {sites.resid_pre(0), *([sites.POSITIONS] if lens.adds_positions else [])}
@@ -164,8 +156,8 @@ class _Builder:
             encoders = each.codec.encoders(numbers)
             if encoders is None:
                 raise FeatpatchError(
-                    f"{each.name!r} ({each.codec.kind}) has an encoder that is not a matrix, a bias and a threshold: expected a "
-                    "transcoder of sae-lens, circuit-tracer or sparsify without normalisation at run time; leave it out"
+                    f"{each.name!r} ({each.codec.kind}) has an encoder that is not a matrix, a bias and a threshold: expected "
+                    "a transcoder of sae-lens, circuit-tracer or sparsify without normalisation at run time; leave it out"
                 )
             like = self.path.streams[0]
             rows, biases = (x.to(like)[back.to(like.device)] for x in encoders)
@@ -300,7 +292,7 @@ def _check(each: Dictionary) -> None:
     Raises:
         FeatpatchError: it does not.
     """
-    wrong = next((hook for hook in each.outputs if sites.within(hook) not in ENDS), None)
+    wrong = next((hook for hook in each.outputs if not sites.is_mlp_output(hook)), None)
     if wrong is not None:
         raise FeatpatchError(
             f"{each.name!r} writes to {wrong!r}: expected transcoders, which write to the output of an MLP, such as "

@@ -49,5 +49,6 @@ from .splicing import loss_recovered as loss_recovered
 from .streaming.stored import Stored as Stored
 from .streaming.stream import stream_features as stream_features
 from .tracing.graph import attribution_graph as attribution_graph
+from .tracing.query_key import qk_attribution as qk_attribution
 from .verifying import verify as verify
 from .views import active_features as active_features, attention_pattern as attention_pattern

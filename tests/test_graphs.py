@@ -417,10 +417,8 @@ def number_of(graph: Any, vertex: Any) -> int:
         if node.kind != kinds[vertex["feature_type"]]:
             return False
         layer, index, _ = vertex["node_id"].split("_")
-        return (
-            (node.kind == "logit"
-            and node.index == int(index))
-            or (node.site.startswith(f"blocks.{layer}.") and node.index in (int(index), None))
+        return (node.kind == "logit" and node.index == int(index)) or (
+            node.site.startswith(f"blocks.{layer}.") and node.index in (int(index), None)
         )
 
     (found,) = [n for n, node in enumerate(graph.nodes) if same(node)]

@@ -32,6 +32,7 @@ LITERALS = [
     Literal["logit_diff", "logit"],
     Literal["clean", "corrupted"],
     Literal["effects", "attribution", "decoder", "coactivation", "labels", "site"],
+    Literal["pairs", "query", "key"],
 ]
 
 check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(dict.fromkeys(LITERALS, str))))

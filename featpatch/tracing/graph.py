@@ -18,14 +18,13 @@ from featpatch.errors import FeatpatchError, check_kinds, check_numbers, is_inte
 from featpatch.model.lens import Lens
 from featpatch.model.stack import head_of, rounding
 from featpatch.model.transformer_lens import wrap
-from featpatch.model.vocabulary import check_tokens
 from featpatch.nodes import LOGITS, Node
 from featpatch.pairs.pair import Pair
-from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.tokens import AnswerTokens, prompt_ids, special_positions
+from featpatch.pairs.tokens import AnswerTokens
 from featpatch.sae.dictionary import dictionaries
 from featpatch.tracing.frozen import FrozenPath, Targets, wide
 from featpatch.tracing.influence import Kinds, cumulative, influence, normalised, partial_influence, scores
+from featpatch.tracing.prompt import prompt_of
 from featpatch.tracing.result import AttributionGraph
 from featpatch.tracing.sources import Sources, sources
 
@@ -91,7 +90,7 @@ def attribution_graph(
     check_kinds(bool, special=special, progress=progress)
     check_numbers(1, size=SIZE if size is None else size)
     lens = wrap(model)
-    ids, left_out = _prompt(lens, prompt)
+    ids, left_out = prompt_of(lens, prompt)
     tokens = torch.tensor([ids])
     path = FrozenPath.of(lens, tokens)
     given = dictionaries(lens, transcoders)
@@ -116,35 +115,6 @@ def attribution_graph(
     )
     _check_sums(lens, graph)
     return graph
-
-
-def _prompt(lens: Lens, prompt: Any) -> tuple[tuple[int, ...], frozenset[int]]:
-    """Return the token ids of a prompt, and the positions of special tokens.
-
-    Raises:
-        FeatpatchError: it is not a text, token ids or a pair, or the model does not know a token.
-    """
-    if isinstance(prompt, Pair):
-        pair = prompt
-    elif isinstance(prompt, str) and prompt and lens.tokenizer is not None:
-        pair = _alone(prompt_ids(lens.model, prompt))
-    elif isinstance(prompt, str):
-        missing = "the model has no tokenizer" if prompt else "it is empty"
-        raise FeatpatchError(f"prompt={prompt!r:.60}, and {missing}: expected a text, or the token ids of one as a list")
-    else:
-        if not isinstance(prompt, (list, tuple)) or not prompt or not all(map(is_integer, prompt)):
-            raise FeatpatchError(f"prompt={prompt!r:.60}: expected a text, a list of token ids, or a pair such as pairs[0]")
-        pair = _alone(tuple(map(int, prompt)))
-    check_tokens(Pairs((pair,)), lens)
-    ids = pair.clean[: (pair.answer_position % len(pair.clean)) + 1]
-    special = pair.special
-    if lens.tokenizer is not None:
-        special = special | special_positions(lens.tokenizer, ids)
-    return ids, frozenset(at for at in special if at < len(ids))
-
-
-def _alone(ids: tuple[int, ...]) -> Pair:
-    return Pair(ids, ids, (), ())
 
 
 def _words(lens: Lens, ids: Sequence[int]) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def randomise(module: torch.nn.Module, seed: int, size: float) -> Any:
+    """Draw all weights of a module, and return it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -52,6 +53,7 @@ class Tokenizer:
     vocab_size, padding_side = VOCAB, "right"
 
     def decode(self, ids: Any) -> str:
+        """Return ids as text."""
         return str(ids.tolist() if isinstance(ids, torch.Tensor) else ids)
 
 
@@ -134,8 +136,9 @@ def compare(name: str, skip: bool, features: int, size: int | None) -> None:
     off["pruned edges"] = (torch.from_numpy(pruned.adjacency) - inside).abs().max() if same else float("nan")
     off["cumulative influence"] = (torch.from_numpy(found.cumulative) - shares[keep])[: len(nodes)].abs().max()
     said = ", ".join(f"{what} {float(value):.1e}" for what, value in off.items())
+    of = "" if size is None else f" of {len(expected.active_features)}"
     print(
-        f"{name}{' skip' if skip else ''}, {len(nodes)} features{'' if size is None else f' of {len(expected.active_features)}'}, "
+        f"{name}{' skip' if skip else ''}, {len(nodes)} features{of}, "
         f"{len(pruned.nodes)} nodes and {int((pruned.adjacency != 0).sum())} edges after pruning: {said}; "
         f"{middle - start:.2f} s and {end - middle:.2f} s here"
     )

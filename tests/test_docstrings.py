@@ -28,11 +28,13 @@ from featpatch.patching.curves import Curve
 from featpatch.patching.sets import Selection
 from featpatch.ranking.plan import Plan
 from featpatch.splicing import Losses
+from featpatch.tracing.query_key import QueryKeyAttribution
+from featpatch.tracing.result import AttributionGraph
 from featpatch.verifying import Verified
 
 RESULTS = (
-    Calibration, Checklist, Comparison, Controls, Curve, Description, FaithfulnessCurve, LogitAttribution, Losses, Plan, Selection,
-    Verified,
+    Calibration, Checklist, Comparison, Controls, Curve, Description, FaithfulnessCurve, LogitAttribution, Losses, Plan,
+    QueryKeyAttribution, Selection, Verified, AttributionGraph,
 )  # fmt: skip
 """Classes of results that functions return; an example of the class shows its methods."""
 

@@ -34,9 +34,6 @@ PROBABILITY, LOGITS_AT_MOST = 0.95, 10
 CHOSEN = 2048
 """How many features are chosen by the influence that is known so far, before it is computed again."""
 
-SIZE = 7500
-"""The largest number of features by default, that of circuit-tracer's command line."""
-
 
 @torch.no_grad()
 def attribution_graph(
@@ -45,7 +42,7 @@ def attribution_graph(
     prompt: str | Sequence[int] | Pair,
     *,
     targets: Sequence[str | int] | None = None,
-    size: int | None = SIZE,
+    size: int | None = None,
     special: bool = False,
     progress: bool = True,
 ) -> AttributionGraph:
@@ -68,7 +65,8 @@ def attribution_graph(
         prompt: a text, token ids, or a pair, of which the clean prompt up to the answer is used.
         targets: the tokens, as texts or ids, whose logits at the last position are attributed; by default the fewest tokens
             whose probability sums to 0.95, at most 10. The mean over the vocabulary is subtracted from a logit.
-        size: the largest number of features, chosen by their influence; None for all. What others contribute is in `others`.
+        size: the largest number of features, chosen by their influence; all by default. What others contribute is in `others`.
+            Memory grows with the square of the number of nodes; circuit-tracer's command line keeps 7500.
         special: whether features and errors at special tokens such as BOS are nodes; if not, what they contribute is in
             `others`. circuit-tracer leaves them out.
         progress: whether to show a progress bar.
@@ -88,7 +86,7 @@ def attribution_graph(
         True
     """
     check_kinds(bool, special=special, progress=progress)
-    check_numbers(1, size=SIZE if size is None else size)
+    check_numbers(1, size=1 if size is None else size)
     lens = wrap(model)
     ids, left_out = prompt_of(lens, prompt)
     tokens = torch.tensor([ids])

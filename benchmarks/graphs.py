@@ -62,7 +62,7 @@ def theirs(config: HookedTransformerConfig, model: HookedTransformer, given: lis
     import huggingface_hub.constants as constants
 
     if not hasattr(constants, "HF_HUB_ENABLE_HF_TRANSFER"):  # gone in huggingface_hub 1.0
-        constants.HF_HUB_ENABLE_HF_TRANSFER = False  # type: ignore[attr-defined]
+        constants.HF_HUB_ENABLE_HF_TRANSFER = False
     from circuit_tracer.attribution.attribute_transformerlens import attribute
     from circuit_tracer.graph import compute_graph_scores, compute_node_influence, prune_graph
     from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel

@@ -31,6 +31,7 @@ from .patching.diagnostics import diagnose as diagnose
 from .patching.do import do as do
 from .patching.runs import Noise as Noise
 from .patching.sets import interactions as interactions, select_features as select_features
+from .ranking.graph_effects import graph_effects as graph_effects
 from .ranking.groups import group_features as group_features
 from .ranking.nodes import rank_nodes as rank_nodes
 from .ranking.ablate import ablate as ablate

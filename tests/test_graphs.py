@@ -362,7 +362,9 @@ def required(given: Any, *names: tuple[str, Any]) -> None:
 def test_files_for_viewers(demo: Any) -> None:
     """The schemas of circuit-tracer and Neuronpedia, and every edge by the names of its ends."""
     pair = demo.pairs("ioi", n=1)[0]
-    graph = fp.attribution_graph(demo.model, demo.transcoders, pair, targets=[*pair.correct, *pair.wrong], size=200, progress=False)
+    graph = fp.attribution_graph(
+        demo.model, demo.transcoders, pair, targets=[*pair.correct, *pair.wrong], size=200, progress=False
+    )
     graph = graph.prune(0.7, 0.9)
     feature, other = [node for node in graph.nodes if node.kind == "feature"][:2]
     given = graph.to_viewer("ioi", groups=[fp.Patch((feature, other), name="first")], source_set="my-set")

@@ -3,8 +3,10 @@
 circuit-tracer is not installed: give the folder of its source, of 0.4.1 or later.
 
     PYTHONPATH=/path/to/circuit-tracer python -m benchmarks.graphs
+    python -m benchmarks.graphs --truth 8
 
-Edges, influence, scores, pruning and the choice of features under a limit are compared. Prints the largest deviations.
+Edges, influence, scores, pruning and the choice of features under a limit are compared. Prints the largest deviations. With
+`--truth`, graphs of so many prompts of each task of the shipped model are compared with exact ablations instead.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from sae_lens import SkipTranscoder, SkipTranscoderConfig, Transcoder, TranscoderConfig
 from sae_lens.saes.sae import SAEMetadata
@@ -144,11 +147,41 @@ def compare(name: str, skip: bool, features: int, size: int | None) -> None:
     )
 
 
+def truth(prompts: int) -> None:
+    """Compare influence in pruned graphs of the shipped model with exact effects, and edges with what patterns do."""
+    demo = fp.load_demo(progress=False)
+    for name in ("transcoders", "clt"):
+        given = getattr(demo, name)
+        for task in ("ioi", "capitals", "greater_than", "sentiment"):
+            rows, nodes, changes = [], 0, []
+            for pair in demo.pairs(task, n=prompts):
+                graph = fp.attribution_graph(demo.model, given, pair, progress=False)
+                found = fp.graph_effects(demo.model, given, graph.prune(), progress=False)
+                whole = fp.graph_effects(demo.model, given, graph.prune(0.95), edges=0, progress=False)
+                rows.append((graph.replacement_score, found.spearman, found.spearman_predicted, whole.spearman))
+                nodes += len(found.nodes)
+                changes += [(each.graph, each.frozen, each.live) for each in found.edges]
+            edges = np.array(changes)
+            size = abs(edges[:, 0])
+            means = dict(zip(("replacement", "influence", "predicted", "influence at 0.95"), np.nanmean(rows, 0), strict=True))
+            said = ", ".join(f"{what} {value:.2f}" for what, value in means.items())
+            scales, patterns = (abs(edges[:, one] - edges[:, other]) / size for one, other in ((1, 0), (2, 1)))
+            print(
+                f"{name}, {task}: {nodes / prompts:.0f} nodes; Spearman with exact effects: {said}; of {len(edges)} edges, the "
+                f"median change by scales is {np.median(scales):.2f} and by patterns {np.median(patterns):.2f} of the edge"
+            )
+
+
 def main() -> None:
     """Compare all models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, default=64, help="features of each transcoder")
-    features = parser.parse_args().features
+    parser.add_argument("--truth", type=int, default=0, help="prompts of each task to compare with exact ablations")
+    options = parser.parse_args()
+    if options.truth:
+        truth(options.truth)
+        return
+    features = options.features
     torch.set_default_dtype(torch.float64)
     for name in MODELS:
         for skip in (False, True):

@@ -10,7 +10,6 @@ from architectures import BRIDGES, HOOKED, LAYERS
 from test_graphs import cross_layer, prompt, reads, transcoders
 
 import featpatch as fp
-from featpatch.ranking.graph_effects import predicted
 
 EXACT = 1e-9
 EVERY = {"bridge": BRIDGES, "hooked": HOOKED}
@@ -99,25 +98,6 @@ def test_effects_are_those_of_plain_runs(kind: str, name: str, kind_of: str) -> 
             assert abs(float(lost) - value) < EXACT, edge
         assert edge.graph == graph.adjacency[graph.number(names[edge.target]), graph.number(names[edge.source])]
     assert any(abs(edge.frozen - edge.live) > 1e-6 for edge in found.edges)
-
-
-def test_predictions_follow_all_paths() -> None:
-    """By going down from the logits, one node at a time."""
-    model = BRIDGES["gpt2"]()
-    graph = fp.attribution_graph(model, transcoders(model), prompt(4)[0].tolist(), progress=False)
-    matrix = graph.adjacency
-    first = len(graph.nodes) - len(graph.probabilities)
-
-    def lost(node: int) -> float:
-        if node not in known:
-            direct = float(graph.probabilities @ matrix[first:, node])
-            users = [t for t in range(first) if matrix[t, node]]
-            known[node] = direct + sum(matrix[t, node] / graph.values[t] * lost(t) for t in users)
-        return known[node]
-
-    known: dict[int, float] = {}
-    expected = [lost(n) for n in range(first)]
-    assert np.allclose(predicted(graph)[:first], expected, rtol=0, atol=EXACT)
 
 
 def test_tables_and_errors() -> None:

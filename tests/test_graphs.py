@@ -257,6 +257,25 @@ def smallest_kept(values: list[float], share: float) -> float:
     return min(values)
 
 
+def test_totals_follow_all_paths() -> None:
+    """By going down from the logits, one node at a time."""
+    model = BRIDGES["gpt2"]()
+    graph = fp.attribution_graph(model, transcoders(model), prompt(4)[0].tolist(), progress=False)
+    matrix = graph.adjacency
+    first = len(graph.nodes) - len(graph.probabilities)
+
+    def lost(node: int) -> float:
+        if node not in known:
+            direct = float(graph.probabilities @ matrix[first:, node])
+            users = [t for t in range(first) if matrix[t, node]]
+            known[node] = direct + sum(matrix[t, node] / graph.values[t] * lost(t) for t in users)
+        return known[node]
+
+    known: dict[int, float] = {}
+    expected = [lost(n) for n in range(first)]
+    assert np.allclose(graph.totals[:first], expected, rtol=0, atol=EXACT)
+
+
 @pytest.mark.parametrize(("nodes", "edges"), [(0.8, 0.98), (0.4, 0.6), (1.0, 1.0)])
 def test_pruning(graph: Any, nodes: float, edges: float) -> None:
     n, weights = len(graph.nodes), weights_of(graph)

@@ -58,7 +58,7 @@ class GraphEffects:
         nodes: the features and errors of the graph.
         names: their names.
         influence: the influence of each.
-        predicted: the effect of ablating each that the graph predicts along all of its edges, with features reacting linearly.
+        predicted: the effect of ablating each that the complete graph predicts along all paths, see `AttributionGraph.totals`.
         exact: the effect of ablating each in the model, with everything live.
         edges: the strongest edges between features.
 
@@ -176,22 +176,9 @@ def graph_effects(
     exact = effects.pooled("degradation")
     names = tuple(graph.name(n) for n in kept)
     found = _edges(lens, known, graph, edges)
-    return GraphEffects(nodes, names, graph.influence[kept].astype(float), predicted(graph)[kept], exact.astype(float), found)
-
-
-def predicted(graph: AttributionGraph) -> Numbers:
-    """Return what is lost of the graph's logits, weighted by their probabilities, when each node is ablated, `[nodes]`.
-
-    A feature that loses a share of its inputs loses this share of its activation, so that effects add up over all paths.
-    """
-    matrix = graph.adjacency.astype(float)
-    features = np.array([n for n, node in enumerate(graph.nodes) if node.kind == "feature"], dtype=np.intp)
-    logits = slice(len(graph.nodes) - len(graph.probabilities), len(graph.nodes))
-    direct = graph.probabilities @ matrix[logits]
-    shares = matrix[features] / graph.values[features, None]
-    through = np.linalg.solve(np.eye(len(features)) - shares[:, features].T, direct[features])
-    found: Numbers = direct + through @ shares
-    return found
+    return GraphEffects(
+        nodes, names, graph.influence[kept].astype(float), graph.totals[kept].astype(float), exact.astype(float), found
+    )
 
 
 def _edges(lens: Lens, known: dict[str, Dictionary], graph: AttributionGraph, count: int) -> tuple[EdgeEffect, ...]:

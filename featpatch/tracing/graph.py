@@ -23,7 +23,7 @@ from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import AnswerTokens
 from featpatch.sae.dictionary import dictionaries
 from featpatch.tracing.frozen import FrozenPath, Targets, wide
-from featpatch.tracing.influence import Kinds, cumulative, influence, normalised, partial_influence, scores
+from featpatch.tracing.influence import Kinds, cumulative, influence, normalised, partial_influence, scores, totals
 from featpatch.tracing.prompt import prompt_of
 from featpatch.tracing.result import AttributionGraph
 from featpatch.tracing.sources import Sources, sources
@@ -261,6 +261,7 @@ class _Builder:
             others=others.cpu().numpy(),
             probabilities=logits.probabilities.cpu().numpy(),
             influence=strength.cpu().numpy(),
+            totals=totals(matrix, weights, values, kinds).cpu().numpy(),
             cumulative=cumulative(strength).cpu().numpy(),
             replacement_score=replaced,
             completeness_score=complete,

@@ -97,6 +97,23 @@ def scores(matrix: Matrix, weights: Vector, kinds: Kinds) -> tuple[float, float]
     return float(replaced), float(complete)
 
 
+def totals(matrix: Matrix, weights: Vector, values: Vector, kinds: Kinds) -> Vector:
+    """Return what the logits, weighted, lose when each node is ablated, along all paths.
+
+    A feature that loses a share of its inputs loses this share of its activation. Features are in the order of their layers, so
+    that their effects on one another form a triangular matrix.
+
+    Args:
+        values: the activation of each feature.
+    """
+    own = slice(0, kinds.features)
+    direct = weights @ matrix
+    shares = matrix[own] / values[own, None]
+    system = torch.eye(kinds.features, dtype=matrix.dtype, device=matrix.device) - shares[:, own].T
+    through = torch.linalg.solve_triangular(system, direct[own, None], upper=True, unitriangular=True)[:, 0]
+    return direct + through @ shares
+
+
 def cumulative(found: Vector) -> Vector:
     """Return for each node the share of the total influence that it has together with all nodes of larger influence."""
     values, order = found.sort(descending=True, stable=True)

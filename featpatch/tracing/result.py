@@ -29,6 +29,8 @@ class AttributionGraph:
         others: what everything that is no node, or no edge of a pruned graph, contributes to each target, `[nodes]`.
         probabilities: the probability of each logit.
         influence: the influence of each node on the logits, `[nodes]`.
+        totals: what the logits, weighted by their probabilities, lose when each node is ablated and features react linearly,
+            along all paths, `[nodes]`: influence with signs.
         cumulative: the share of the total influence that each node has together with all of larger influence, `[nodes]`.
         replacement_score: the share of the influence on the logits that begins at tokens rather than at errors.
         completeness_score: the share of the inputs of nodes that are not errors, weighted by influence.
@@ -53,6 +55,7 @@ class AttributionGraph:
     others: Numbers
     probabilities: Numbers
     influence: Numbers
+    totals: Numbers
     cumulative: Numbers
     replacement_score: float
     completeness_score: float
@@ -102,8 +105,8 @@ class AttributionGraph:
     def prune(self, nodes: float = 0.8, edges: float = 0.98) -> "AttributionGraph":
         """Return the graph of the nodes, and then edges, that have these shares of the influence on the logits.
 
-        Tokens and logits are kept, nodes that are no longer connected are not. Influence, scores and `cumulative` stay those of
-        the complete graph. What is cut off moves to `others`, so that inputs still sum to values.
+        Tokens and logits are kept, nodes that are no longer connected are not. Influence, totals, scores and `cumulative` stay
+        those of the complete graph. What is cut off moves to `others`, so that inputs still sum to values.
 
         Args:
             nodes: the share of the influence of nodes; the defaults are those of circuit-tracer.
@@ -136,7 +139,7 @@ class AttributionGraph:
             others=(self.others + cut)[at],
             left_out=self.left_out + int((~at[: self.kinds.features]).sum()),
             pruning=(float(nodes), float(edges)),
-            **{name: getattr(self, name)[at] for name in ("values", "biases", "influence", "cumulative")},
+            **{name: getattr(self, name)[at] for name in ("values", "biases", "influence", "totals", "cumulative")},
         )
 
     def to_pandas(self, n: int | None = None, *, of: Literal["nodes", "edges"] = "nodes") -> Any:

@@ -52,9 +52,11 @@ class Reading:
         """Return the gradient with respect to the residual stream from that with respect to what is read.
 
         Args:
-            at: the residual stream at the positions of the rows; by default at every position.
+            at: the residual stream at the positions of the rows; by default at every position that they have, from the first.
         """
-        return gradient if self.norm is None else self.norm.pull(gradient, self.stream if at is None else at)
+        return (
+            gradient if self.norm is None else self.norm.pull(gradient, self.stream[: gradient.shape[-2]] if at is None else at)
+        )
 
     def constant(self, gradient: Float[torch.Tensor, "*rows d_model"]) -> torch.Tensor:
         """Return the contribution of the norm's bias to each row."""
@@ -141,16 +143,20 @@ class Attention:
         return cls(pattern.to(x), value, bias, out, out_bias, before, made.layer.post1, summed)
 
     def pull(self, gradient: Gradient) -> tuple[Gradient, Float[torch.Tensor, " targets"]]:
-        """Return the gradient below attention, and the contribution of the biases of attention to each target."""
+        """Return the gradient below attention, and the contribution of the biases of attention to each target.
+
+        The gradient may end at a position beyond which no target sees.
+        """
+        length = gradient.shape[1]
         constant = gradient.new_zeros(len(gradient))
         along = gradient
         if self.after is not None:
             if self.after.bias is not None:
                 constant += (gradient @ wide(self.after.bias).to(gradient)).sum(1)
-            along = self.after.pull(gradient, self.summed)
+            along = self.after.pull(gradient, self.summed[:length])
         constant += (along @ self.out_bias).sum(1)
         of_z = torch.einsum("hem,bqm->bhqe", self.out, along)
-        of_values = self.pattern.transpose(1, 2) @ of_z
+        of_values = self.pattern[:, :length, :length].transpose(1, 2) @ of_z
         of_values = of_values.unflatten(1, (len(self.value), -1)).sum(2)  # heads that share a value
         constant += torch.einsum("bhke,he->b", of_values, self.value_bias)
         of_normed = torch.einsum("hme,bhke->bkm", self.value, of_values)
@@ -166,11 +172,13 @@ class FrozenPath:
         attention: the attention of each layer.
         streams: the residual stream at each depth, see `Reading`.
         norms: the norms of each layer before attention, before the MLP and after it.
+        causal: whether no position attends to a later one.
     """
 
     attention: Sequence[Attention]
     streams: Sequence[Stream]
     norms: Sequence[tuple[Norm | None, Norm | None, Norm | None]]
+    causal: bool
 
     @classmethod
     @torch.no_grad()
@@ -198,7 +206,9 @@ class FrozenPath:
             streams += [x, x + wide(read[sites.component(layer, "attn_out")])[0]]
         streams.append(wide(read[sites.resid_post(n - 1)])[0])
         norms = [(each.layer.norm1, each.layer.norm2, each.layer.post2) for each in made]
-        return cls([Attention.of(layer, each, read) for layer, each in enumerate(made)], streams, norms)
+        attention = [Attention.of(layer, each, read) for layer, each in enumerate(made)]
+        causal = not any(each.pattern.triu(1).any() for each in attention)
+        return cls(attention, streams, norms, causal)
 
     def reading(self, layer: int, x: Float[torch.Tensor, "pos d"]) -> Reading | None:
         """Return how an activation inside a layer reads the residual stream; None if it is neither the stream nor normed."""
@@ -223,7 +233,9 @@ class FrozenPath:
             by_depth[each.depth].append(each)
         found = targets.vectors.new_zeros(len(targets.depths), columns)
         constants = found.new_zeros(len(found))
-        for rows in targets.depths.argsort(stable=True).split(size):
+        order = targets.positions.argsort(stable=True)
+        order = order[targets.depths[order].argsort(stable=True)]
+        for rows in order.split(size):
             found[rows], constants[rows] = self._batch(targets.at(rows), by_depth, skips, columns)
         return found, constants
 
@@ -231,8 +243,10 @@ class FrozenPath:
         self, targets: Targets, written: Mapping[int, Sequence[Written]], skips: Sequence[Skip], columns: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the contributions to some targets, see `contributions`."""
-        n = len(targets.depths)
-        gradient = targets.vectors.new_zeros(n, *self.streams[0].shape)
+        n, (length, width) = len(targets.depths), self.streams[0].shape
+        if self.causal:
+            length = int(targets.positions.max()) + 1
+        gradient = targets.vectors.new_zeros(n, length, width)
         found, constants = gradient.new_zeros(n, columns), gradient.new_zeros(n)
         pending: dict[int, torch.Tensor] = {}
         for depth in range(int(targets.depths.max()), -1, -1):
@@ -240,7 +254,7 @@ class FrozenPath:
             gradient[here, targets.positions[here]] += targets.vectors[here]
             if depth in pending:
                 gradient = gradient + pending.pop(depth)
-            for each in written.get(depth, ()):
+            for each in (each for each in written.get(depth, ()) if each.position < length):
                 found.index_add_(1, each.columns, gradient[:, each.position] @ each.vectors.T)
             for skip in (skip for skip in skips if skip.depth == depth):
                 of_read = skip.pull(gradient)

@@ -247,7 +247,7 @@ class _Builder:
 
         def pull(gradient: torch.Tensor) -> torch.Tensor:
             if norm is not None:
-                gradient = norm.pull(gradient, wide(self.read[hook])[0])
+                gradient = norm.pull(gradient, wide(self.read[hook])[0, : gradient.shape[1]])
             flat = [gradient.new_zeros(*gradient.shape[:-1], width) for width in each.widths]
             flat[number] = gradient
             found = each.codec.pull_skip(torch.cat(flat, dim=-1))

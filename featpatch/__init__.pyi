@@ -31,6 +31,7 @@ from .patching.diagnostics import diagnose as diagnose
 from .patching.do import do as do
 from .patching.runs import Noise as Noise
 from .patching.sets import interactions as interactions, select_features as select_features
+from .ranking.graph_effects import graph_effects as graph_effects
 from .ranking.groups import group_features as group_features
 from .ranking.nodes import rank_nodes as rank_nodes
 from .ranking.ablate import ablate as ablate
@@ -50,5 +51,7 @@ from .steering.doses import dose_response as dose_response
 from .steering.steer import steer as steer
 from .streaming.stored import Stored as Stored
 from .streaming.stream import stream_features as stream_features
+from .tracing.graph import attribution_graph as attribution_graph
+from .tracing.query_key import qk_attribution as qk_attribution
 from .verifying import verify as verify
 from .views import active_features as active_features, attention_pattern as attention_pattern

@@ -11,19 +11,20 @@ from typing import Any, Literal, get_args
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, is_integer
 from featpatch.untrusted import visible
 
-Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge", "rest"]
+Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge", "rest", "logit"]
 """The kind of a node. `feature`: one SAE feature. `error`: the SAE's reconstruction error `x - dec(enc(x))`. `all_features`:
 every feature, with the error kept. `activation`: the whole activation, which is all features and the error. `head`: one
 attention head of the activation at a hook point of attention. `neuron`: one neuron of an MLP. `set`: several nodes together,
 by their number in the call that names them. `random`: a random direction, a control. `edge`: the effect of one node through
-another, see `Edge`. `rest`: the complement of the named nodes of a dictionary in the activation."""
+another, see `Edge`. `rest`: the complement of the named nodes of a dictionary in the activation. `logit`: the logit of one
+token, by its id: an output of an attribution graph."""
 
 KINDS: tuple[str, ...] = get_args(Kind)
 
 RANKED = ("feature", "head", "neuron", "edge")
 """The kinds of nodes that are ranked among one another."""
 
-INDEXED = ("feature", "head", "neuron", "set", "random")
+INDEXED = ("feature", "head", "neuron", "set", "random", "logit")
 """The kinds of nodes of which a hook point has many, told apart by an index."""
 
 COMPONENT_KINDS = ("activation", "head", "neuron")

@@ -370,6 +370,11 @@ def is_mlp_in(site: str) -> bool:
     return site.endswith(".hook_mlp_in")
 
 
+def is_mlp_output(site: str) -> bool:
+    """Return whether a hook point is what an MLP adds to the residual stream, or the same in front of a norm."""
+    return within(site) in ("hook_mlp_out", "mlp.hook_out")
+
+
 def read_by_mlp(layer: int) -> str:
     """Return the hook point of the input of an MLP, which is the output of its norm."""
     return f"blocks.{layer}.mlp.hook_in"

@@ -227,7 +227,7 @@ def test_a_circuit_of_edges_in_viewers_and_graphviz() -> None:
     small = small_hooked()
     circuit = fp.find_circuit(small.model, pairs_of(small), size=40, **OPTIONS)
     graph = circuit.to_networkx()
-    viewed = fp.diagram.attribution_graph(graph, tokens=list("abcdefg"), slug="edges", model="small")
+    viewed = fp.diagram.viewer_json(graph, tokens=list("abcdefg"), slug="edges", model="small")
     links = {}
     for edge, score in zip(circuit.graph.items, circuit.scores, strict=True):
         if edge in circuit.items:

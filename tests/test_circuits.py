@@ -302,7 +302,7 @@ def test_every_export_has_every_edge(tmp_path: Any) -> None:
         assert text.count(" -> ") == len(circuit)
         assert text.count("label=value") + text.count('label="value"') == sum(key == "v" for *_, key in graph.edges(keys=True))
         assert f"{len(graph)} nodes, {len(circuit)} edges" in circuit.report(tmp_path / "edges.html").read_text()
-        viewed = fp.diagram.attribution_graph(graph, tokens=tokens, slug="ioi", model="demo", positions=pairs[0].labels)
+        viewed = fp.diagram.viewer_json(graph, tokens=tokens, slug="ioi", model="demo", positions=pairs[0].labels)
         assert (
             len({node["node_id"] for node in viewed["nodes"]}) == len({node["clerp"] for node in viewed["nodes"]}) == len(graph)
         )

@@ -17,7 +17,7 @@ import pytest
 import featpatch as fp
 from featpatch import Node
 from featpatch.diagram.draw import dot, figure
-from featpatch.diagram.viewers import attribution_graph, interactive
+from featpatch.diagram.viewers import interactive, viewer_json
 
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
 MARKUP = "<b>bold</b> &amp; <br>"
@@ -317,7 +317,7 @@ def test_text_of_users_is_text(browser: Any, tmp_path: Path) -> None:
 
 
 def format_of_circuit_tracer() -> Any:
-    """What circuit-tracer at d797c82 says a graph is, with the types that JSON has."""
+    """What circuit-tracer at 196e2ce says a graph is, with the types that JSON has."""
     pydantic = pytest.importorskip("pydantic")
     strict = pydantic.ConfigDict(strict=True)
 
@@ -329,6 +329,7 @@ def format_of_circuit_tracer() -> Any:
         prompt_tokens: list[str]
         prompt: str
         node_threshold: float | None = None
+        schema_version: int | None = 1
 
     class Query(pydantic.BaseModel):
         model_config = strict
@@ -391,13 +392,13 @@ def read_by_viewers(data: dict[str, Any]) -> None:
     assert "node_threshold" not in data["metadata"]  # a number starts pruning by influence; null breaks Neuronpedia's schema
 
 
-def test_attribution_graph() -> None:
-    data = attribution_graph(at_tokens(), tokens=TOKENS, slug="ioi-1", model="demo")
+def test_viewer_json() -> None:
+    data = viewer_json(at_tokens(), tokens=TOKENS, slug="ioi-1", model="demo")
     data = json.loads(json.dumps(data, allow_nan=False))
     format_of_circuit_tracer().model_validate(data)
     read_by_viewers(data)
     assert data["metadata"]["prompt"] == "<bos>When Mary\n John"
-    assert data["metadata"]["prompt_tokens"] == ["<bos>", "When", " Mary", "⏎", " John"]
+    assert data["metadata"]["prompt_tokens"] == ["<bos>", "When", " Mary", "\n", " John"]
     assert (data["metadata"]["slug"], data["metadata"]["scan"], data["metadata"]["schema_version"]) == ("ioi-1", "demo", 1)
     found = {node["clerp"]: node for node in data["nodes"]}
     fields = ("node_id", "feature", "layer", "ctx_idx", "feature_type", "is_target_logit", "jsNodeId")
@@ -440,7 +441,7 @@ def test_numbers_of_a_viewer_are_unique() -> None:
                 for sae in ("a,b", EVIL):
                     for position in (0, 1):
                         graph.add_node(Node(site, kind, index, position, sae))
-    data = attribution_graph(graph, tokens=TOKENS, slug="s", model="demo")
+    data = viewer_json(graph, tokens=TOKENS, slug="s", model="demo")
     format_of_circuit_tracer().model_validate(data)
     read_by_viewers(data)
     assert {node["feature_type"] for node in data["nodes"]} == {
@@ -470,7 +471,7 @@ def test_graphs_that_are_refused(show: Any) -> None:
 
 
 def attribution(graph: Any, **changes: Any) -> Any:
-    return attribution_graph(graph, **{"tokens": TOKENS, "slug": "s", "model": "demo", **changes})
+    return viewer_json(graph, **{"tokens": TOKENS, "slug": "s", "model": "demo", **changes})
 
 
 def test_labels_and_all_positions_are_placed_at_tokens() -> None:
@@ -490,7 +491,7 @@ def test_graphs_of_what_is_no_list_of_nodes_are_refused() -> None:
             fp.diagram.graph(items, effects)
 
 
-def test_attribution_graphs_that_are_refused() -> None:
+def test_graphs_that_viewers_are_refused() -> None:
     two = at_tokens()
     two.add_node(replace(LOGITS, position=3))
     for call, message in (

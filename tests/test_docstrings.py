@@ -26,13 +26,16 @@ from featpatch.pairs.checklist import Checklist
 from featpatch.patching.controls import Controls
 from featpatch.patching.curves import Curve
 from featpatch.patching.sets import Selection
+from featpatch.ranking.graph_effects import GraphEffects
 from featpatch.ranking.plan import Plan
 from featpatch.splicing import Losses
+from featpatch.tracing.query_key import QueryKeyAttribution
+from featpatch.tracing.result import AttributionGraph
 from featpatch.verifying import Verified
 
 RESULTS = (
-    Calibration, Checklist, Comparison, Controls, Curve, Description, FaithfulnessCurve, LogitAttribution, Losses, Plan, Selection,
-    Verified,
+    Calibration, Checklist, Comparison, Controls, Curve, Description, FaithfulnessCurve, GraphEffects, LogitAttribution, Losses, Plan,
+    QueryKeyAttribution, Selection, Verified, AttributionGraph,
 )  # fmt: skip
 """Classes of results that functions return; an example of the class shows its methods."""
 

@@ -195,12 +195,12 @@ def test_groups_in_a_report_and_a_graph(demo: Any, demo_groups: Any, effects_of_
     nodes = list(demo_groups.patches[0].nodes[:2])
     graph = fp.diagram.graph(nodes, [0.1, 0.2])
     tokens = demo.model.tokenizer.convert_ids_to_tokens(pairs[0].clean)
-    viewed = fp.diagram.attribution_graph(
+    viewed = fp.diagram.viewer_json(
         graph, tokens=tokens, slug="g", model="demo", positions=pairs[0].labels, groups=demo_groups.patches
     )
     joint = fp.diagram.graph(demo_groups.joint.nodes[:1], [0.1])
     with pytest.raises(fp.FeatpatchError, match="is a group, which belongs to no layer"):
-        fp.diagram.attribution_graph(joint, tokens=tokens, slug="g", model="demo")
+        fp.diagram.viewer_json(joint, tokens=tokens, slug="g", model="demo")
     (pinned,) = viewed["qParams"]["supernodes"]
     assert pinned == [demo_groups.names[0], *(node["node_id"] for node in viewed["nodes"])]
 

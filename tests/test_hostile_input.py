@@ -35,7 +35,7 @@ from featpatch import Node
 from featpatch.checkpoints import Demo
 from featpatch.cli.app import app
 from featpatch.diagram.draw import dot
-from featpatch.diagram.viewers import attribution_graph, interactive
+from featpatch.diagram.viewers import interactive, viewer_json
 from featpatch.engine.journal import Journal
 from featpatch.page.page import write
 from featpatch.pairs.tokens import PairsWarning
@@ -734,7 +734,7 @@ def test_pages_by_their_tags(tables: list[fp.Effects], folder: Path) -> None:
     def check(text: str) -> None:
         assert skeletons(text) == expected
         assert dot(graph_of(text)).count("->") == 1
-        clerps = attribution_graph(
+        clerps = viewer_json(
             nx.relabel_nodes(graph_of(text), lambda node: replace(node, position=0)), tokens=[text], slug="a", model="m"
         )["nodes"]
         assert not any("<" in node["clerp"] for node in clerps)

@@ -20,7 +20,7 @@ LAYERS = (
     ("tasks", "model"),
     ("effects", "sae"),
     ("engine", "dictionaries"),
-    ("patching", "attribution", "descriptions", "labels", "views", "comparison"),
+    ("patching", "attribution", "tracing", "descriptions", "labels", "views", "comparison"),
     ("ranking", "selfcheck", "splicing", "circuits", "verifying"),
     ("reporting", "steering", "streaming"),
     ("loading",),

@@ -36,7 +36,7 @@ def prompted(**options: Any) -> fp.Pairs:
 
 def viewed(positions: Any) -> Any:
     graph = fp.diagram.graph([fp.Node(SITE, "activation", None, "end")], [0.1])
-    return fp.diagram.attribution_graph(graph, tokens=["a", "b"], slug="s", model="m", positions=positions)
+    return fp.diagram.viewer_json(graph, tokens=["a", "b"], slug="s", model="m", positions=positions)
 
 
 REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
@@ -107,11 +107,11 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     "diagram.graph": lambda small, pairs, effects, x: fp.diagram.graph(x, [0.1]),
     "diagram.graph holds": lambda small, pairs, effects, x: fp.diagram.graph([x], [0.1]),
     "diagram.graph effects": lambda small, pairs, effects, x: fp.diagram.graph([NODE], x),
-    "attribution_graph positions": lambda small, pairs, effects, x: viewed(x),
-    "attribution_graph tokens": lambda small, pairs, effects, x: fp.diagram.attribution_graph(
+    "viewer_json positions": lambda small, pairs, effects, x: viewed(x),
+    "viewer_json tokens": lambda small, pairs, effects, x: fp.diagram.viewer_json(
         fp.diagram.graph([NODE], [0.1]), tokens=x, slug="s", model="m"
     ),
-    "attribution_graph label": lambda small, pairs, effects, x: viewed({"end": x}),
+    "viewer_json label": lambda small, pairs, effects, x: viewed({"end": x}),
     "load_sae": lambda small, pairs, effects, x: fp.load_sae(x if x != "x" else "./x"),
     "load": lambda small, pairs, effects, x: fp.load(x if x != "x" else "./x"),
 }

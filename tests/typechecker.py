@@ -37,6 +37,7 @@ LITERALS = [
     Literal["set", "add", "scale"],
     Literal["raw", "mean", "max"],
     Literal["steered", "unsteered"],
+    Literal["pairs", "query", "key"],
 ]
 
 check = beartype(conf=BeartypeConf(hint_overrides=FrozenDict(dict.fromkeys(LITERALS, str))))

@@ -2,6 +2,6 @@
 
 from featpatch.diagram.draw import dot, figure
 from featpatch.diagram.graph import graph
-from featpatch.diagram.viewers import attribution_graph, interactive, sections
+from featpatch.diagram.viewers import interactive, sections, viewer_json
 
-__all__ = ["attribution_graph", "dot", "figure", "graph", "interactive", "sections"]
+__all__ = ["dot", "figure", "graph", "interactive", "sections", "viewer_json"]

@@ -15,11 +15,8 @@ from featpatch.errors import FeatpatchError, check_kinds, is_integer
 from featpatch.nodes import Node, Patch
 from featpatch.page.page import Block, Section, block, page, table
 
-SIGNS = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
-"""The symbols that circuit-tracer writes for white space in a token."""
 
-
-def attribution_graph(
+def viewer_json(
     graph: Any,
     *,
     tokens: Sequence[str],
@@ -27,11 +24,14 @@ def attribution_graph(
     model: str,
     positions: Mapping[str, int | tuple[int, ...]] | None = None,
     groups: Sequence[Patch] = (),
+    source_set: str = "",
 ) -> dict[str, Any]:
     r"""Convert a graph to a dictionary that `json.dump` can write to a file `{slug}.json`.
 
-    The fields are those of circuit-tracer at d797c82 (`frontend/graph_models.py`, and what its `frontend/assets` read) and of
-    Neuronpedia's `graph-schema.json` at b8efe84. Neuronpedia accepts the file as an upload. For circuit-tracer's server, put
+    The fields are those of circuit-tracer 0.4.1 with the later names of error nodes (`frontend/graph_models.py` at 196e2ce, and
+    what its `frontend/assets` read) and of Neuronpedia's `graph-schema.json` at ebb8426.
+
+    Neuronpedia accepts the file as an upload. For circuit-tracer's server, put
     the file into its data folder, and `metadata` into the list `graphs` of the file `graph-metadata.json` there.
 
     - The `weight` of a link is the effect of the edge. Viewers know one link from a node to another, so the effects of edges
@@ -40,8 +40,8 @@ def attribution_graph(
     - `feature` is the Cantor pairing of layer and index, `(l + i) (l + i + 1) / 2 + i`, as `schema_version` 1 requires. Viewers
       treat equal numbers as the same feature, so nodes that are not of the first dictionary of a layer get indices after those
       in use, and errors count down from -1.
-    - A viewer that has feature pages for `model` shows these for the features of the graph. If they are of other dictionaries,
-      give `model` another name.
+    - A viewer that has feature pages for `model` shows these for the features of the graph; on Neuronpedia `source_set` says
+      which. If the features are of other dictionaries, give `model` another name.
     - Fields that do not apply to a circuit are empty: `influence` (a share of a pruned graph; so there is no `node_threshold`
       either), `activation`, `transcoder_list`, `pinnedIds`, `clickedId`, `sg_pos`. `token_prob` is 0, and the
       probability in the text of the output is a question mark, because the output is a metric and not a token. `run_idx` and
@@ -59,6 +59,8 @@ def attribution_graph(
         positions: the token index of each label at which the graph has nodes, such as `pairs[0].labels`; a label of several
             tokens is placed at its last one.
         groups: patches with names, such as `groups.patches` of `fp.group_features`; their nodes in the graph become supernodes.
+        source_set: the set of sources on Neuronpedia whose dashboards are shown for the features, such as
+            `"gemmascope-res-16k"`.
 
     Raises:
         FeatpatchError: a position is not that of a token, two nodes that differ only in the name of their position are placed
@@ -69,7 +71,7 @@ def attribution_graph(
         >>> mlps = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation", None, 27) for layer in range(2)]
         >>> graph = fp.diagram.graph([fp.Edge.of(mlps[0], mlps[1]), fp.Edge.of(mlps[1], fp.LOGITS)], [0.5, 0.2])
         >>> tokens = model.tokenizer.convert_ids_to_tokens(pairs[0].clean)
-        >>> viewed = fp.diagram.attribution_graph(graph, tokens=tokens, slug="ioi", model="demo")
+        >>> viewed = fp.diagram.viewer_json(graph, tokens=tokens, slug="ioi", model="demo")
         >>> _ = (folder / "ioi.json").write_text(json.dumps(viewed))
         >>> len(viewed["nodes"]), len(viewed["links"])
         (3, 2)
@@ -77,8 +79,8 @@ def attribution_graph(
     said = content(graph)
     if not isinstance(tokens, list | tuple) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise FeatpatchError(f"tokens={tokens!r}: expected the tokens of the prompt as a list of strings")
-    if not isinstance(slug, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
-        raise FeatpatchError(f"slug={slug!r}: expected letters, digits, '-', '_' and '.', such as 'ioi-circuit'")
+    check_slug(slug)
+    check_kinds(str, source_set=source_set)
     if not isinstance(model, str) or not model:
         raise FeatpatchError(f"model={model!r}: expected the name of the model, such as 'gpt2-small'")
     if group := next((node for node in said.nodes if is_group(node)), None):
@@ -106,7 +108,7 @@ def attribution_graph(
     nodes = [
         {
             "node_id": ids[n],
-            "feature": number if number < 0 else _cantor(int(layers[n]) if layers[n] != "E" else 0, number),
+            "feature": number if number < 0 else cantor(int(layers[n]) if layers[n] != "E" else 0, number),
             "layer": layers[n],
             "ctx_idx": placed[n],
             "feature_type": _type(said.nodes[n]),
@@ -122,24 +124,54 @@ def attribution_graph(
         }
         for n, number in enumerate(numbers)
     ]
-    check_kinds((list, tuple), groups=groups)
-    check_kinds(Patch, **{f"groups[{number}]": patch for number, patch in enumerate(groups)})
-    of_group = [[ids[n] for n, node in enumerate(said.nodes) if node in patch.nodes] for patch in groups]
-    pinned = [[patch.name, *members] for patch, members in zip(groups, of_group, strict=True) if members]
     return {
-        "metadata": {
-            "slug": slug,
-            "scan": model,
-            "transcoder_list": [],
-            "prompt_tokens": [token.translate(SIGNS) for token in tokens],
-            "prompt": "".join(tokens),
-            "schema_version": 1,
-            "info": {"generator": {"name": "featpatch"}},
+        "metadata": head_of_file(slug, model, tokens, "".join(tokens), source_set),
+        "qParams": {
+            "pinnedIds": [],
+            "supernodes": supernodes(groups, said.nodes, ids),
+            "linkType": "both",
+            "clickedId": "",
+            "sg_pos": "",
         },
-        "qParams": {"pinnedIds": [], "supernodes": pinned, "linkType": "both", "clickedId": "", "sg_pos": ""},
         "nodes": nodes,
         "links": [{"source": source, "target": target, "weight": weight} for (source, target), weight in links.items()],
     }
+
+
+def check_slug(slug: Any) -> None:
+    """Check that the name of a graph fits into an address.
+
+    Raises:
+        FeatpatchError: it does not.
+    """
+    if not isinstance(slug, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
+        raise FeatpatchError(f"slug={slug!r}: expected letters, digits, '-', '_' and '.', such as 'ioi-circuit'")
+
+
+def head_of_file(slug: str, scan: str, tokens: Sequence[str], prompt: str, source_set: str) -> dict[str, Any]:
+    """Return the metadata of a graph file."""
+    return {
+        "slug": slug,
+        "scan": scan,
+        "transcoder_list": [],
+        "prompt_tokens": list(tokens),
+        "prompt": prompt,
+        "schema_version": 1,
+        "info": {"generator": {"name": "featpatch"}},
+        **({"feature_details": {"neuronpedia_source_set": source_set}} if source_set else {}),
+    }
+
+
+def supernodes(groups: Sequence[Patch], nodes: Sequence[Node], ids: Sequence[str]) -> list[list[str]]:
+    """Return groups of nodes as supernodes, those that have a node in the graph: the name, then the ids of nodes.
+
+    Raises:
+        FeatpatchError: a group is not a patch.
+    """
+    check_kinds((list, tuple), groups=groups)
+    check_kinds(Patch, **{f"groups[{number}]": patch for number, patch in enumerate(groups)})
+    of_group = [[name for node, name in zip(nodes, ids, strict=True) if node in patch.nodes] for patch in groups]
+    return [[patch.name, *members] for patch, members in zip(groups, of_group, strict=True) if members]
 
 
 def _position(node: Node, n_tokens: int, labels: Mapping[str, int | tuple[int, ...]]) -> int:
@@ -185,7 +217,7 @@ def _numbers(said: Content) -> list[int]:
     return numbers
 
 
-def _cantor(layer: int, index: int) -> int:
+def cantor(layer: int, index: int) -> int:
     """Return the Cantor pairing of a layer and an index."""
     return (layer + index) * (layer + index + 1) // 2 + index
 
@@ -206,7 +238,12 @@ def _type(node: Node) -> str:
 
 def _text(node: Node) -> str:
     """Return the text of a node; for the output, in the format that viewers parse."""
-    return f'Output "{LOGITS}" (p=?)' if node.site == LOGITS else label(node).replace("<", "\uff1c")
+    return f'Output "{LOGITS}" (p=?)' if node.site == LOGITS else escaped(label(node))
+
+
+def escaped(text: str) -> str:
+    """Return text that viewers can insert into a page as HTML."""
+    return text.replace("<", "\uff1c")
 
 
 def interactive(graph: Any, title: str, *, answer: str = "") -> str:

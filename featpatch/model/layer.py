@@ -67,14 +67,24 @@ class Norm:
         found = found if self.weight is None else found * self.weight.to(found)
         return (found if self.bias is None else found + self.bias.to(found)).to(x.dtype)
 
-    def pull(self, weights: Rows, at: Rows) -> Rows:
+    def pull(self, weights: Float[torch.Tensor, "*rows d"], at: Float[torch.Tensor, "*at d"]) -> Float[torch.Tensor, "*rows d"]:
         """Return the gradient of `norm(at) @ weights` with respect to `at`, row by row, with the scale frozen at its value.
+
+        The leading axes of `at` broadcast to those of `weights`.
 
         Because the norm with a frozen scale is linear except for its bias, the contribution of each summand of `at` is its
         product with this gradient.
         """
         found = weights / self._scale(at)
         return self._centred(found if self.weight is None else found * self.weight.to(found))
+
+    def scaled(self, x: Float[torch.Tensor, "*rows d"], at: Float[torch.Tensor, "*at d"]) -> Float[torch.Tensor, "*rows d"]:
+        """Return what a summand `x` of `at` contributes to `norm(at)` with the scale frozen; the bias is not included.
+
+        The leading axes of `at` broadcast to those of `x`.
+        """
+        found = self._centred(x) / self._scale(at)
+        return found if self.weight is None else found * self.weight.to(found)
 
     def push(self, changes: Float[torch.Tensor, "changes rows d"], at: Rows) -> Float[torch.Tensor, "changes rows d"]:
         """Return the change of `norm(at)` to first order in each change of `at`; the scale changes too unless it is frozen."""

@@ -231,6 +231,21 @@ class AdaptedCodec(Codec):
         decoded = self._call("decode", features)
         return decoded + state["skip"] if "skip" in state else decoded
 
+    def encoders(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the encoder's vectors and biases, see `Codec.encoders`, if its weights are in featpatch's own layout."""
+        coder = self.coder
+        if not isinstance(coder, Coder):
+            return None
+        at = features.to(coder.W_enc.device)
+        rows, biases = coder.W_enc[:, at].T.to(coder.W_dec), coder.b_enc[at].to(coder.W_dec)
+        return rows, biases - rows @ coder.b_dec if coder.centred else biases
+
+    def pull_skip(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Return the gradient through the skip path, if its weights are in featpatch's own layout."""
+        if self.skip is None or not isinstance(self.coder, Coder):
+            return None
+        return gradient @ self.coder.W_skip.to(gradient)
+
     def digest(self) -> str:
         """Return a digest of the weights, if any, and of results on random activations, which also depend on the settings."""
         weights = digest(self.coder) if isinstance(self.coder, torch.nn.Module) else ""

@@ -87,6 +87,19 @@ class Codec(ABC):
         """
         return None
 
+    def encoders(
+        self, features: Int[torch.Tensor, " n"]
+    ) -> tuple[Float[torch.Tensor, "n d_read"], Float[torch.Tensor, " n"]] | None:
+        """Return vectors w and biases b such that an active feature is `w . x + b`; None if the weights do not tell.
+
+        `x` is what the group of the feature reads: the whole input, unless there are several groups.
+        """
+        return None
+
+    def pull_skip(self, gradient: Float[torch.Tensor, "*rows d_out"]) -> Float[torch.Tensor, "*rows d_in"] | None:
+        """Return the gradient through a linear skip path, from its output to its input; None if there is none or is unknown."""
+        return None
+
     @abstractmethod
     def digest(self) -> str:
         """Return the SHA-256 of everything that determines what the codec computes."""

@@ -106,6 +106,27 @@ class CrossCodec(Codec):
                 rows[there.to(rows.device), group.writes] = found.to(self._wide)
         return rows
 
+    def encoders(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return rows of the encoders and their biases, see `Codec.encoders`."""
+        width = max(group.reads.stop - group.reads.start for group in self.cross.parts)
+        rows = torch.zeros(len(features), width, dtype=self._wide, device=self._device)
+        biases = rows.new_zeros(len(features))
+        features = features.to(self._device)
+        for number, group in enumerate(self.cross.parts):
+            there = (features // self._size == number).nonzero()[:, 0]
+            if len(there):
+                own = features[there] % self._size
+                rows[there] = values_of(group.W_enc, own).to(rows)
+                biases[there] = group.b_enc[own].to(biases)
+        return rows, biases
+
+    def pull_skip(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Return the gradient through the skip path, hook point by hook point."""
+        if self.cross.skip is None:
+            return None
+        skip = self.cross.skip.to(gradient)
+        return torch.einsum("...lo,loi->...li", gradient.unflatten(-1, (len(skip), -1)), skip).flatten(-2)
+
     def off(self) -> Code:
         """Return a code with all features off and no skip path, for which nothing has to be encoded."""
         zero = torch.zeros(1, 1, self.d_sae, dtype=self._wide, device=self._device)

@@ -170,6 +170,16 @@ class Dictionary:
         ]
 
     @property
+    def source_set(self) -> str:
+        """The model and the set of sources on Neuronpedia that an SAE belongs to, such as `gemma-2-2b/gemmascope-res-16k`.
+
+        Empty if its metadata does not say.
+        """
+        said = getattr(getattr(getattr(self.source, "cfg", None), "metadata", None), "neuronpedia_id", None)
+        match = re.fullmatch(r"([\w.-]+)/\d+-([\w.-]+)", said) if isinstance(said, str) else None
+        return "/".join(match.groups()) if match else ""
+
+    @property
     def place(self) -> str:
         """The hook points that the dictionary reads and writes, for messages."""
         reads, writes = (", ".join(map(repr, hooks)) for hooks in (self.inputs, self.outputs))

@@ -150,6 +150,28 @@ class SaeCodec(Codec):
             return None
         return weights[features.to(weights.device)] / self.scale
 
+    def encoders(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the encoder's vectors and biases, see `Codec.encoders`; None for other encoders and norms at run time."""
+        sae, weight, bias = self.sae, getattr(self.sae, "W_enc", None), getattr(self.sae, "b_enc", None)
+        known = isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)
+        if not known or sae.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+            return None
+        at, wide = features.to(sae.device), self._decoder.dtype
+        rows, biases = sae.W_enc.detach()[:, at].T.to(wide), sae.b_enc.detach()[at].to(wide)
+        if sae.cfg.apply_b_dec_to_input and not isinstance(sae, Transcoder):
+            biases = biases - rows @ sae.b_dec.detach().to(wide)
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            norms = sae.W_dec.detach()[at].to(wide).norm(dim=-1)
+            rows, biases = rows * norms[:, None], biases * norms
+        return rows * self.scale, biases
+
+    def pull_skip(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Return the gradient through the skip path of a skip transcoder."""
+        if not hasattr(self._decoder, "W_skip"):
+            return None
+        weight: torch.Tensor = self._decoder.W_skip.detach()
+        return gradient @ weight.to(gradient)
+
     def digest(self) -> str:
         """Return a digest of the weights and the configuration."""
         settings = json.dumps(self.sae.cfg.to_dict(), sort_keys=True, default=str)

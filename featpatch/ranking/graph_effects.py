@@ -1,0 +1,254 @@
+"""An attribution graph beside the model: the exact effects of its nodes, and of its strongest edges, by ablation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy.stats import rankdata, spearmanr
+
+from featpatch import sites
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.frame import Frame
+from featpatch.model.lens import Lens
+from featpatch.model.transformer_lens import wrap
+from featpatch.nodes import Node
+from featpatch.pairs.pair import Pair
+from featpatch.pairs.pairs import Pairs
+from featpatch.ranking.nodes import rank_nodes
+from featpatch.sae.dictionary import Dictionary, dictionaries
+from featpatch.tracing.result import AttributionGraph
+from featpatch.untrusted import visible
+
+Numbers = NDArray[np.float64]
+
+ROWS = 64
+"""Maximum number of sources that are ablated in one forward pass."""
+
+
+@dataclass(frozen=True)
+class EdgeEffect:
+    """An edge of a graph and the exact change of its target, all as what is lost when the source is ablated.
+
+    Attributes:
+        source, target: the nodes.
+        graph: the edge in the graph, with everything frozen.
+        frozen: the exact change of the target's pre-activation with attention patterns frozen, and the scales of norms live.
+        live: that with patterns and scales live. MLPs keep their outputs in both, as they do in an edge.
+    """
+
+    source: str
+    target: str
+    graph: float
+    frozen: float
+    live: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GraphEffects:
+    """The nodes of an attribution graph with their exact effects on its logits.
+
+    The effects are on the sum of the target logits, each minus the mean logit and weighted by its probability, and positive
+    where the node supports them.
+
+    Attributes:
+        nodes: the features and errors of the graph.
+        names: their names.
+        influence: the influence of each.
+        predicted: the effect of ablating each that the complete graph predicts along all paths, see `AttributionGraph.totals`.
+        exact: the effect of ablating each in the model, with everything live.
+        edges: the strongest edges between features.
+
+    Examples:
+        >>> graph = fp.attribution_graph(model, demo.transcoders, pairs[0], progress=False).prune(nodes=0.5)
+        >>> found = fp.graph_effects(model, demo.transcoders, graph, edges=3, progress=False)
+        >>> found.to_pandas(2).columns.tolist()
+        ['node', 'influence', 'predicted', 'exact', 'overrated']
+        >>> len(found.edges)
+        3
+    """
+
+    nodes: tuple[Node, ...]
+    names: tuple[str, ...]
+    influence: Numbers
+    predicted: Numbers
+    exact: Numbers
+    edges: tuple[EdgeEffect, ...]
+
+    @property
+    def spearman(self) -> float:
+        """The rank correlation of influence with the size of the exact effects."""
+        return _spearman(self.influence, abs(self.exact))
+
+    @property
+    def spearman_predicted(self) -> float:
+        """The rank correlation of the predicted with the exact effects, with their signs."""
+        return _spearman(self.predicted, self.exact)
+
+    @property
+    def overrated(self) -> Numbers:
+        """By how many ranks each node is higher by influence than by the size of its exact effect; negative if lower."""
+        found: Numbers = rankdata(-abs(self.exact)) - rankdata(-self.influence)
+        return found
+
+    def to_pandas(self, n: int | None = None) -> Any:
+        """Return a table of the nodes, the largest exact effect first.
+
+        Args:
+            n: the number of rows; all by default.
+        """
+        check_numbers(0, n=0 if n is None else n)
+        order = np.argsort(-abs(self.exact), kind="stable")[:n]
+        columns = (self.influence, self.predicted, self.exact, self.overrated)
+        rows = [(self.names[row], *(float(column[row]) for column in columns)) for row in order]
+        return Frame(rows, columns=["node", "influence", "predicted", "exact", "overrated"])
+
+    def edges_to_pandas(self) -> Any:
+        """Return a table of the strongest edges with the exact changes of their targets."""
+        return Frame([(each.source, each.target, each.graph, each.frozen, each.live) for each in self.edges],
+                     columns=["source", "target", "graph", "frozen", "live"])  # fmt: skip
+
+    def __repr__(self) -> str:
+        return visible(
+            f"exact effects of {len(self.nodes)} nodes of a graph: Spearman {self.spearman:.2f} of influence with their size, "
+            f"{self.spearman_predicted:.2f} of the predicted with the exact effects\n{self.to_pandas(10)}"
+        )
+
+
+def _spearman(one: Numbers, other: Numbers) -> float:
+    return float(spearmanr(one, other).statistic) if len(one) > 1 and np.ptp(one) and np.ptp(other) else float("nan")
+
+
+@torch.no_grad()
+def graph_effects(
+    model: Any, transcoders: Any, graph: AttributionGraph, *, edges: int = 20, progress: bool = True
+) -> GraphEffects:
+    """Measure by ablation what the nodes and the strongest edges of an attribution graph do in the model itself.
+
+    Each feature and error is set to zero at its position in one run of the model, with attention, norms and MLPs live. For
+    edges, the source is ablated while the MLPs keep their outputs, once with attention patterns frozen and once live, so that
+    the difference is what the edge does through patterns, which a graph does not see.
+
+    Args:
+        model, transcoders: those that the graph is of.
+        graph: an attribution graph, pruned first because every node is a run.
+        edges: the number of edges between features, the largest first.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Influence, predicted and exact effects by node, their rank correlations, and a table of edges.
+
+    Raises:
+        FeatpatchError: the graph has no features and errors, or is of another model or other transcoders.
+
+    Examples:
+        >>> graph = fp.attribution_graph(model, demo.transcoders, pairs[0], progress=False).prune(nodes=0.5)
+        >>> found = fp.graph_effects(model, demo.transcoders, graph, progress=False)
+        >>> -1 <= found.spearman <= 1
+        True
+    """
+    check_kinds(AttributionGraph, graph=graph)
+    check_numbers(0, edges=edges)
+    lens = wrap(model)
+    known = {each.name: each for each in dictionaries(lens, transcoders)}
+    kept = [n for n, node in enumerate(graph.nodes) if node.kind != "logit" and node.site != sites.EMBEDDING]
+    nodes = tuple(graph.nodes[n] for n in kept)
+    unknown = next((node for node in nodes if node.sae and node.sae not in known), None)
+    if not nodes or unknown is not None:
+        had = "no features and errors" if unknown is None else f"nodes of {unknown.sae!r}"
+        raise FeatpatchError(
+            f"the graph has {had}: expected nodes of {', '.join(map(repr, known))}; pass the graph's transcoders"
+        )
+    tokens = [node.index for node in graph.nodes if node.kind == "logit" and node.index is not None]
+    weights = torch.from_numpy(graph.probabilities)
+
+    def supported(logits: torch.Tensor, correct: Sequence[int], wrong: Sequence[int]) -> torch.Tensor:
+        del correct, wrong
+        return (logits[:, tokens] - logits.mean(-1, keepdim=True)) @ weights.to(logits)
+
+    prompt = Pairs((Pair(graph.prompt, graph.prompt, tuple(tokens), ()),))
+    effects = rank_nodes(
+        model, prompt, list(nodes), saes=transcoders, to="zero", metric=supported, together=False, progress=progress
+    )
+    exact = effects.pooled("degradation")
+    names = tuple(graph.name(n) for n in kept)
+    found = _edges(lens, known, graph, edges)
+    return GraphEffects(
+        nodes, names, graph.influence[kept].astype(float), graph.totals[kept].astype(float), exact.astype(float), found
+    )
+
+
+def _edges(lens: Lens, known: dict[str, Dictionary], graph: AttributionGraph, count: int) -> tuple[EdgeEffect, ...]:
+    """Measure the strongest edges between features."""
+    inside = np.array([node.kind == "feature" for node in graph.nodes])
+    size = abs(graph.adjacency) * inside[:, None] * inside
+    order = np.argsort(-size, axis=None, kind="stable")[:count]
+    ends = [divmod(int(place), len(graph.nodes)) for place in order if size.flat[place]]
+    if not ends:
+        return ()
+    runs = _Runs(lens, known, graph)
+    sources = list(dict.fromkeys(source for _, source in ends))
+    changed = {frozen: runs.changes(sources, sorted({target for target, _ in ends}), frozen) for frozen in (True, False)}
+    return tuple(
+        EdgeEffect(
+            graph.name(source), graph.name(target), float(graph.adjacency[target, source]),
+            changed[True][source, target], changed[False][source, target],
+        )
+        for target, source in ends
+    )  # fmt: skip
+
+
+class _Runs:
+    """Runs of a graph's prompt in which a source is ablated and MLPs keep their outputs."""
+
+    def __init__(self, lens: Lens, known: dict[str, Dictionary], graph: AttributionGraph) -> None:
+        self.lens, self.known, self.graph = lens, known, graph
+        self.tokens = torch.tensor([graph.prompt])
+        layers = range(lens.n_layers)
+        self.mlps = {hook for each in known.values() for hook in each.outputs}
+        covered = {sites.layer_of(hook) for hook in self.mlps}
+        self.mlps |= {sites.component(layer, "mlp_out") for layer in layers if lens.has_mlp(layer) and layer not in covered}
+        self.patterns = [sites.component(layer, "pattern") for layer in layers]
+        reads = {hook for each in known.values() for hook in each.inputs}
+        self.clean = lens.read(self.tokens, sorted({*self.mlps, *self.patterns, *reads}))
+
+    def changes(self, sources: Sequence[int], targets: Sequence[int], frozen: bool) -> dict[tuple[int, int], float]:
+        """Return what each target's pre-activation loses when each source is ablated."""
+        found: dict[tuple[int, int], float] = {}
+        hooks = sorted({self._encoder(target)[0] for target in targets})
+        for start in range(0, len(sources), ROWS):
+            some = sources[start : start + ROWS]
+            put = {hook: self.clean[hook].repeat(len(some), *[1] * (self.clean[hook].ndim - 1)) for hook in self.mlps}
+            if frozen:
+                put |= {hook: self.clean[hook].expand(len(some), -1, -1, -1) for hook in self.patterns}
+            for row, source in enumerate(some):
+                for hook, change in self._written(source).items():
+                    put[hook][row, int(self.graph.nodes[source].position)] -= change.to(put[hook])
+            with self.lens.put(put):
+                read = self.lens.read(self.tokens.expand(len(some), -1), hooks)
+            for target in targets:
+                hook, encoder = self._encoder(target)
+                at = int(self.graph.nodes[target].position)
+                lost = (self.clean[hook][0, at] - read[hook][:, at]).to(encoder) @ encoder
+                found |= {(source, target): float(value) for source, value in zip(some, lost, strict=True)}
+        return found
+
+    def _written(self, number: int) -> dict[str, Float[torch.Tensor, " d_model"]]:
+        """Return what a feature writes, by hook point."""
+        node = self.graph.nodes[number]
+        owner, at = self.known[node.sae], int(node.position)
+        split, index = owner.split(self.clean), owner.number(node)
+        directions = owner.by_output(owner.directions(torch.tensor([index])))
+        return {hook: vector[0] * split.features[0, at, index].to(vector) for hook, vector in directions.items()}
+
+    def _encoder(self, number: int) -> tuple[str, Float[torch.Tensor, " d_in"]]:
+        """Return the hook point that a feature reads, and its encoder."""
+        node = self.graph.nodes[number]
+        owner = self.known[node.sae]
+        index = owner.number(node)
+        found = owner.codec.encoders(torch.tensor([index]))
+        assert found is not None
+        return owner.inputs[index // owner.per_group if len(owner.inputs) > 1 else 0], found[0][0]

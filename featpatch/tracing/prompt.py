@@ -1,0 +1,39 @@
+"""The prompt of an attribution graph or a query-key attribution: a text, token ids or a pair."""
+
+from typing import Any
+
+from featpatch.errors import FeatpatchError, is_integer
+from featpatch.model.lens import Lens
+from featpatch.model.vocabulary import check_tokens
+from featpatch.pairs.pair import Pair
+from featpatch.pairs.pairs import Pairs
+from featpatch.pairs.tokens import prompt_ids, special_positions
+
+
+def prompt_of(lens: Lens, prompt: Any) -> tuple[tuple[int, ...], frozenset[int]]:
+    """Return the token ids of a prompt, that of a pair up to the answer, and the positions of special tokens.
+
+    Raises:
+        FeatpatchError: it is not a text, token ids or a pair, or the model does not know a token.
+    """
+    if isinstance(prompt, Pair):
+        pair = prompt
+    elif isinstance(prompt, str) and prompt and lens.tokenizer is not None:
+        pair = _alone(prompt_ids(lens.model, prompt))
+    elif isinstance(prompt, str):
+        missing = "the model has no tokenizer" if prompt else "it is empty"
+        raise FeatpatchError(f"prompt={prompt!r:.60}, and {missing}: expected a text, or the token ids of one as a list")
+    else:
+        if not isinstance(prompt, (list, tuple)) or not prompt or not all(map(is_integer, prompt)):
+            raise FeatpatchError(f"prompt={prompt!r:.60}: expected a text, a list of token ids, or a pair such as pairs[0]")
+        pair = _alone(tuple(map(int, prompt)))
+    check_tokens(Pairs((pair,)), lens)
+    ids = pair.clean[: (pair.answer_position % len(pair.clean)) + 1]
+    special = pair.special
+    if lens.tokenizer is not None:
+        special = special | special_positions(lens.tokenizer, ids)
+    return ids, frozenset(at for at in special if at < len(ids))
+
+
+def _alone(ids: tuple[int, ...]) -> Pair:
+    return Pair(ids, ids, (), ())

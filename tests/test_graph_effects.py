@@ -1,0 +1,116 @@
+"""An attribution graph beside the model, against plain hooked forward passes, in float64."""
+
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from architectures import BRIDGES, HOOKED, LAYERS
+from test_graphs import cross_layer, prompt, reads, transcoders
+
+import featpatch as fp
+
+EXACT = 1e-9
+EVERY = {"bridge": BRIDGES, "hooked": HOOKED}
+
+
+def written(given: Any, layer: int, index: int) -> dict[int, torch.Tensor]:
+    """The decoder of a feature by the layer of the MLP that it writes to."""
+    if isinstance(given, list):
+        return {layer: given[layer].W_dec[index]}
+    return {layer + later: row for later, row in enumerate(given.parts[layer].W_dec[index])}
+
+
+def encoder(given: Any, layer: int, index: int) -> torch.Tensor:
+    return given[layer].W_enc[:, index].detach() if isinstance(given, list) else given.parts[layer].W_enc[index]
+
+
+def place(node: fp.Node) -> tuple[int, int, int]:
+    assert node.index is not None
+    return int(node.site.split(".")[1]), int(node.position), node.index
+
+
+def lowered(
+    model: Any, tokens: torch.Tensor, by: dict[str, tuple[int, torch.Tensor]], fixed: dict[str, torch.Tensor], read: str
+) -> Any:
+    """Run with something subtracted at one position, and other activations fixed; return the logits and the activation at `read`."""
+    kept = {}
+
+    def change(name: str) -> Any:
+        def changed(x: torch.Tensor, hook: Any) -> torch.Tensor:
+            x = fixed.get(name, x).clone().reshape(x.shape)
+            if name in by:
+                at, vector = by[name]
+                x[:, at] -= vector
+            return x
+
+        return changed
+
+    def keep(x: torch.Tensor, hook: Any) -> None:
+        kept[read] = x.clone()
+
+    hooks = [(name, change(name)) for name in {*by, *fixed}] + [(read, keep)]
+    with torch.no_grad():
+        return model.run_with_hooks(tokens, fwd_hooks=hooks)[0, -1], kept[read][0]
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(("kind", "name", "kind_of"), [("bridge", "gpt2", "per layer"), ("hooked", "neox", "cross-layer"),
+                                                       ("bridge", "llama", "cross-layer")])  # fmt: skip
+def test_effects_are_those_of_plain_runs(kind: str, name: str, kind_of: str) -> None:
+    model = EVERY[kind][name]()
+    given = transcoders(model) if kind_of == "per layer" else cross_layer(model)
+    tokens = prompt(5)
+    graph = fp.attribution_graph(model, given, tokens[0].tolist(), targets=[3, 7], progress=False).prune(0.97, 0.999)
+    found = fp.graph_effects(model, given, graph, edges=8, progress=False)
+    oracle._activations.cache_clear()
+    cache = oracle.activations(model, tokens)
+
+    def supported(logits: torch.Tensor) -> float:
+        return float((logits[[3, 7]] - logits.mean()) @ torch.from_numpy(graph.probabilities))
+
+    clean = supported(model(tokens)[0, -1].detach())
+    read = f"blocks.0.{reads(model)}"
+    acts = {(layer, p, i): graph.values[graph.number(node)] for node in graph.nodes if node.kind == "feature"
+            for layer, p, i in [place(node)]}  # fmt: skip
+    with torch.no_grad():
+        for node, exact in zip(found.nodes, found.exact, strict=True):
+            if node.kind == "feature":
+                layer, at, index = place(node)
+                by = {f"blocks.{later}.hook_mlp_out": (at, acts[layer, at, index] * row)
+                      for later, row in written(given, layer, index).items()}  # fmt: skip
+                assert abs(clean - supported(lowered(model, tokens, by, {}, read)[0]) - exact) < EXACT, node
+    mlps = {f"blocks.{layer}.hook_mlp_out": cache[f"blocks.{layer}.hook_mlp_out"] for layer in range(LAYERS)}
+    patterns = {f"blocks.{layer}.attn.hook_pattern": cache[f"blocks.{layer}.attn.hook_pattern"] for layer in range(LAYERS)}
+    names = {graph.name(n): node for n, node in enumerate(graph.nodes)}
+    assert found.edges
+    for edge in found.edges:
+        (layer, at, index), (above, there, target) = (place(names[end]) for end in (edge.source, edge.target))
+        by = {
+            f"blocks.{later}.hook_mlp_out": (at, acts[layer, at, index] * row)
+            for later, row in written(given, layer, index).items()
+        }
+        hook = f"blocks.{above}.{reads(model)}"
+        for fixed, value in ((mlps | patterns, edge.frozen), (mlps, edge.live)):
+            x = lowered(model, tokens, by, fixed, hook)[1]
+            lost = (cache[hook][0, there] - x[there]) @ encoder(given, above, target)
+            assert abs(float(lost) - value) < EXACT, edge
+        assert edge.graph == graph.adjacency[graph.number(names[edge.target]), graph.number(names[edge.source])]
+    assert any(abs(edge.frozen - edge.live) > 1e-6 for edge in found.edges)
+
+
+def test_tables_and_errors() -> None:
+    demo = fp.load_demo(progress=False)
+    pair = demo.pairs("capitals", n=1)[0]
+    graph = fp.attribution_graph(demo.model, demo.transcoders, pair, size=300, progress=False).prune()
+    found = fp.graph_effects(demo.model, demo.transcoders, graph, edges=4, progress=False)
+    table = found.to_pandas()
+    assert abs(table["exact"]).tolist() == sorted(abs(found.exact), reverse=True)
+    ranks = table["influence"].rank(ascending=False).to_numpy()
+    assert np.array_equal(table["overrated"].to_numpy(), abs(table["exact"]).rank(ascending=False).to_numpy() - ranks)
+    assert abs(found.spearman - np.corrcoef(ranks, abs(table["exact"]).rank(ascending=False))[0, 1]) < EXACT
+    assert len(found.edges_to_pandas()) == 4
+    assert "Spearman" in repr(found)
+    with pytest.raises(fp.FeatpatchError, match="pass the graph's transcoders"):
+        fp.graph_effects(demo.model, demo.clt, graph, progress=False)

@@ -9,6 +9,8 @@ change of the logit difference with four rankings at the same token: |exact reco
 change and the KL divergence that it costs.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from scipy.stats import spearmanr
@@ -57,9 +59,9 @@ def main() -> None:
         print(f"| {name} | {effect:.2f} | {kl:.2f} |")
 
 
-def active(model: object, saes: list[object], pairs: fp.Pairs) -> dict[str, np.ndarray]:
+def active(model: Any, saes: list[Any], pairs: fp.Pairs) -> dict[str, Any]:
     """Return the mean activation of each feature at the last token of the clean prompts, by hook point."""
-    total = {sae.cfg.metadata.hook_name: 0.0 for sae in saes}
+    total: dict[str, Any] = {sae.cfg.metadata.hook_name: 0.0 for sae in saes}
     for pair in pairs:
         _, cache = model.run_with_cache(torch.tensor([pair.clean]))
         for sae in saes:

@@ -23,7 +23,22 @@ from featpatch.cli.app import app
 from featpatch.cli.study import read
 
 SITE = "blocks.3.hook_resid_post"
-COMMANDS = ("demo", "rank", "components", "check", "plan", "compare", "report", "info", "run", "stream", "tasks", "verify")
+COMMANDS = (
+    "demo",
+    "rank",
+    "components",
+    "check",
+    "plan",
+    "compare",
+    "report",
+    "info",
+    "run",
+    "steer",
+    "steer",
+    "stream",
+    "tasks",
+    "verify",
+)
 
 
 @pytest.fixture(scope="module")
@@ -461,3 +476,32 @@ def test_pairs_of_unequal_length(folder: Path, model: list[str], sae: list[str])
     done = run("rank", *model, *sae, "--pairs", "unequal.jsonl", "--out", "unequal", folder=folder)
     assert done.returncode == 0, done.stderr
     assert ">position 12, end<" in (folder / "unequal" / "report.html").read_text().replace('"', "<").replace("=<", "=>")
+
+
+def test_steered_texts_stand_side_by_side(tmp_path: Path) -> None:
+    """The plain one first; the same texts in JSON, which are those of the library."""
+    demo = fp.load_demo(progress=False)
+    where = ["--model", str(demo.folder / "model"), "--sae", str(demo.folder / "saes" / SITE), "--feature", "888"]
+    prompt = "The song was stupid . I despised the cast . In the end it was"
+    options = [*where, "--prompt", prompt, "--tokens", "4", "--positions", "newest", "--dose", "20", "--dose=-20"]
+    (found,) = json.loads(run("steer", *options, "--json", folder=tmp_path).stdout)
+    assert [each["dose"] for each in found["steered"]] == [20.0, -20.0]
+    ids, sae = demo.model.to_tokens(prompt), demo.saes[6]
+    given = {"max_new_tokens": 4, "do_sample": False, "verbose": False, "return_type": "tokens"}
+    for text, dose in ((found["plain"], None), *((each["text"], each["dose"]) for each in found["steered"])):
+        values = {fp.feature(sae, 888): dose or 0.0}
+        with fp.steer(demo.model, values, saes=sae, positions="newest"):
+            made = demo.model.generate(ids, **given)
+        assert text == demo.model.tokenizer.decode(made[0, ids.shape[1] :])
+    lines = run("steer", *options, folder=tmp_path).stdout
+    assert lines.index(found["plain"]) < lines.index("-20")
+    (tmp_path / "texts.txt").write_text("We hated the dialogue . The show was not great . The opinion is negative .\n")
+    unit = ["--unit", "max", "--reference", "texts.txt"]
+    assert run("steer", *options, *unit, folder=tmp_path).returncode == 0
+    for wrong, said in (
+        (["--reference", "texts.txt"], "expected no reference"),
+        (["--unit", "max", "--reference", "nothing.txt"], "can't be read"),
+    ):
+        done = run("steer", *options, *wrong, folder=tmp_path)
+        assert done.returncode == 2
+        assert said in " ".join(done.stderr.split())

@@ -54,7 +54,7 @@ def steer(
             "saes": saes, "how": how, "unit": unit, "reference": texts, "positions": positions
         }  # fmt: skip
         nodes = [fp.feature(saes[0], index) for index in dict.fromkeys(feature)]
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "prompt": each,
                 "plain": _continued(loaded, each, tokens),

@@ -34,7 +34,6 @@ COMMANDS = (
     "info",
     "run",
     "steer",
-    "steer",
     "stream",
     "tasks",
     "verify",
@@ -72,7 +71,7 @@ def test_help(tmp_path: Path) -> None:
     assert [title for title in commands if title != "Options"] == ["Start here", "Rank", "Inspect", "Scale"]
     assert commands["Start here"] == {"demo", "tasks", "check"}
     assert commands["Rank"] == {"rank", "components"}
-    assert commands["Inspect"] == {"info", "report", "compare", "verify"}
+    assert commands["Inspect"] == {"info", "report", "compare", "steer", "verify"}
     assert commands["Scale"] == {"plan", "stream", "run"}
 
 

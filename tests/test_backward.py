@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import BRIDGES, HOOKED, OTHERS, VOCAB
+from architectures import BRIDGES, HOOKED, OTHERS, VOCAB, bridge
 from backward_oracle import Written, gradients
 from small import Small, standard
+from transformers import OPTConfig, OPTForCausalLM
 
 import featpatch as fp
 from featpatch.circuits.edge_graph import EdgeGraph
@@ -58,7 +59,8 @@ def measure(logits: torch.Tensor) -> torch.Tensor:
 
 
 def taken(lens: Lens, hooks: list[str]) -> Differentiated:
-    return lens.gradients(TOKENS, hooks, torch.full((3,), 5), measure, reads=[LAST])
+    last = f"blocks.{lens.n_layers - 1}.hook_resid_post"
+    return lens.gradients(TOKENS, hooks, torch.full((3,), 5), measure, reads=[last])
 
 
 @pytest.mark.usefixtures("wide")
@@ -296,6 +298,19 @@ def test_scores_of_nodes_are_their_estimates(small: Small, method: Any) -> None:
         node: float((table.clean[table.pair] - table.noised)[table.row == row].mean()) for row, node in enumerate(table.nodes)
     }
     np.testing.assert_allclose(graph.estimates(method), [lost[node] for node in graph.items], rtol=0, atol=EXACT)
+
+
+def test_attention_that_runs_as_a_whole_is_refused() -> None:
+    """A pattern that is shown after the heads' outputs can't change the gradient; the rules that leave patterns alone work."""
+    config = OPTConfig(
+        vocab_size=VOCAB, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=4, ffn_dim=24,
+        max_position_embeddings=32, attn_implementation="eager",
+    )  # fmt: skip
+    lens = wrap(bridge(OPTForCausalLM(config)))
+    with pytest.raises(fp.FeatpatchError, match="does not compute its output from the pattern"), modified(lens, FROZEN):
+        taken(lens, ["blocks.1.hook_resid_pre"])
+    with modified(lens, RULES["relp_qk"]):
+        assert taken(lens, ["blocks.1.hook_resid_pre"]).gradients["blocks.1.hook_resid_pre"].any()
 
 
 def test_errors(small: Small) -> None:

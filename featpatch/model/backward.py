@@ -12,7 +12,7 @@ patterns        frozen: a constant (AH-rule of Ali et al. 2022). Softened: g = T
 factors         g = x / 2 for queries, keys, values and attention patterns, which are the factors of attention's two products.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
@@ -120,11 +120,10 @@ def modified(lens: Lens, rules: Rules) -> Iterator[None]:
 
 def _edits(lens: Lens, layer: int, rules: Rules) -> Iterator[tuple[str, Edit, bool]]:
     """Yield the edits of a layer: the hook point, the edit and whether it runs after all others, rather than before them."""
-    pattern = sites.component(layer, "pattern")
-    if rules.patterns == "frozen":
-        yield pattern, torch.Tensor.detach, False
-    if rules.patterns == "softened":
-        yield pattern, _softened, False
+    if rules.patterns != "live":
+        attention = _Attention(layer, torch.Tensor.detach if rules.patterns == "frozen" else _softened, [])
+        yield sites.component(layer, "pattern"), attention.pattern, False
+        yield sites.component(layer, "z"), attention.check, False
     for factor in ("q", "k", "v", "pattern") if rules.factors else ():
         yield sites.component(layer, factor), _half, True
     if not lens.attention_only and (rules.activations or rules.products):
@@ -193,6 +192,38 @@ def _frozen(lens: Lens, module: Any) -> Iterator[None]:
         else:
             stack.callback(module.register_forward_hook(in_this_thread(outside)).remove)
         yield
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The edit of an attention pattern, and the check that the heads' outputs are computed from it.
+
+    TransformerBridge runs the attention of some models (OPT, GPT-J) as a whole, and shows the pattern afterwards.
+
+    Attributes:
+        layer: the index of the layer.
+        edit: the edit.
+        seen: whether the pattern of the current forward pass has been edited: one entry if so.
+    """
+
+    layer: int
+    edit: Callable[[torch.Tensor], torch.Tensor]
+    seen: list[bool]
+
+    def pattern(self, pattern: torch.Tensor) -> torch.Tensor:
+        """Return the pattern with another gradient."""
+        self.seen[:] = [True]
+        return self.edit(pattern)
+
+    def check(self, z: torch.Tensor) -> None:
+        """Check that the pattern has been edited when the outputs of the heads are there.
+
+        Raises:
+            FeatpatchError: it has not.
+        """
+        if not self.seen and z.requires_grad:
+            raise _form(f"the attention of layer {self.layer} does not compute its output from the pattern at its hook point")
+        self.seen.clear()
 
 
 @dataclass(frozen=True)

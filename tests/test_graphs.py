@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import BRIDGES, HOOKED, LAYERS, OTHERS, VOCAB, WIDTH
-from graph_oracle import Frozen
+from graph_oracle import Frozen, frozen_norm
 from sae_lens import (
     JumpReLUTranscoder,
     JumpReLUTranscoderConfig,
@@ -34,13 +34,13 @@ def reads(model: Any) -> str:
     )
 
 
-def transcoder(kind: Any, config: Any, layer: int, hook: str, seed: int) -> Any:
-    metadata = at(f"blocks.{layer}.{hook}", f"blocks.{layer}.hook_mlp_out")
+def transcoder(kind: Any, config: Any, layer: int, hook: str, seed: int, writes: str) -> Any:
+    metadata = at(f"blocks.{layer}.{hook}", f"blocks.{layer}.{writes}")
     made = config(WIDTH, FEATURES, "float64", d_out=WIDTH, apply_b_dec_to_input=False, metadata=metadata)
     return randomised(kind(made), seed)
 
 
-def transcoders(model: Any) -> list[Any]:
+def transcoders(model: Any, writes: str = "hook_mlp_out") -> list[Any]:
     """One of each kind: ReLU, ReLU with a skip path, JumpReLU."""
     hook = reads(model)
     kinds = [
@@ -48,7 +48,7 @@ def transcoders(model: Any) -> list[Any]:
         (SkipTranscoder, SkipTranscoderConfig),
         (JumpReLUTranscoder, JumpReLUTranscoderConfig),
     ]
-    made = [transcoder(*kinds[layer], layer, hook, layer) for layer in range(LAYERS)]
+    made = [transcoder(*kinds[layer], layer, hook, layer, writes) for layer in range(LAYERS)]
     with torch.no_grad():
         made[2].threshold.abs_()
     return made
@@ -195,6 +195,39 @@ def test_inputs_sum_to_values_and_edges_are_frozen_ablations(kind: str, name: st
     assert abs(graph.adjacency).max() > 0.1
 
 
+@pytest.mark.usefixtures("wide")
+def test_transcoders_in_front_of_a_norm() -> None:
+    """Of a model with a norm after its MLPs. Without a skip path, by hand: one source at a time through the norm as it is."""
+    model, tokens = BRIDGES["gemma2"](), prompt()
+    given = transcoders(model, "mlp.hook_out")
+    graph = fp.attribution_graph(model, given, tokens[0].tolist(), progress=False)
+    assert abs(graph.residual()).max() < EXACT
+    whole = fp.attribution_graph(model, transcoders(model), tokens[0].tolist(), progress=False)
+    ends = [n for n, node in enumerate(graph.nodes) if node.kind == "logit"]
+    others = [n for n, node in enumerate(whole.nodes) if node.kind == "logit"]
+    last = [n for n, node in enumerate(graph.nodes) if node.site == "blocks.2.mlp.hook_out" and node.position == 5]
+    frozen = Frozen(model, tokens, reads(model))
+    raw, added = frozen.at(2, "mlp.hook_out"), frozen.at(2, "hook_mlp_out")
+    unembed = model.unembed.W_U - model.unembed.W_U.mean(1, keepdim=True)
+    final = frozen.at(2, "hook_resid_post")
+    with torch.no_grad():
+        for n in last:
+            node = graph.nodes[n]
+            vector = (
+                graph.values[n] * given[2].W_dec[node.index]
+                if node.kind == "feature"
+                else raw[5] - given[2](frozen.at(2, reads(model)))[5]
+            )
+            after = frozen_norm(model.blocks[2].ln2_post, raw[5] - vector, raw[5], frozen.eps)
+            lost = added[5] - after
+            through = [frozen_norm(model.ln_final, x, final[5], frozen.eps) for x in (final[5], final[5] - lost)]
+            for target in ends:
+                change = float((through[0] - through[1]) @ unembed[:, graph.nodes[target].index])
+                assert abs(change - graph.adjacency[target, n]) < EXACT, node
+    assert len(last) > 1
+    assert abs(graph.values[ends] - whole.values[others]).max() < EXACT
+
+
 @pytest.fixture(scope="module")
 def demo() -> Any:
     return fp.load_demo(progress=False)
@@ -312,6 +345,7 @@ def test_size_keeps_the_most_influential_features(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("featpatch.tracing.graph.CHOSEN", 4)
     model = HOOKED["gpt2"]()
     whole = fp.attribution_graph(model, transcoders(model), prompt()[0].tolist(), targets=[3, 7], size=None, progress=False)
+    monkeypatch.setattr("featpatch.tracing.frozen.VALUES", 1)  # a target at a time, with the positions up to its own
     small = fp.attribution_graph(model, transcoders(model), prompt()[0].tolist(), targets=[3, 7], size=10, progress=False)
     logits = [n for n, node in enumerate(whole.nodes) if node.kind == "logit"]
     features, picked = whole.kinds.features, []

@@ -25,7 +25,7 @@ from featpatch.model.stack import Projections, projections_of
 Stream = Float[torch.Tensor, "pos d_model"]
 Gradient = Float[torch.Tensor, "targets pos d_model"]
 
-VALUES = 2**24
+VALUES = 2**21
 """Maximum number of values of the gradients that are computed together."""
 
 
@@ -233,9 +233,9 @@ class FrozenPath:
             by_depth[each.depth].append(each)
         found = targets.vectors.new_zeros(len(targets.depths), columns)
         constants = found.new_zeros(len(found))
-        order = targets.positions.argsort(stable=True)
-        order = order[targets.depths[order].argsort(stable=True)]
-        for rows in order.split(size):
+        order = targets.positions.argsort(stable=True)  # a batch of nearby positions of one depth wastes least
+        groups = [order[targets.depths[order] == depth] for depth in targets.depths.unique().tolist()]
+        for rows in (rows for group in groups for rows in group.split(size)):
             found[rows], constants[rows] = self._batch(targets.at(rows), by_depth, skips, columns)
         return found, constants
 

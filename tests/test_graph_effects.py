@@ -63,7 +63,10 @@ def test_effects_are_those_of_plain_runs(kind: str, name: str, kind_of: str) -> 
     given = transcoders(model) if kind_of == "per layer" else cross_layer(model)
     tokens = prompt(5)
     graph = fp.attribution_graph(model, given, tokens[0].tolist(), targets=[3, 7], progress=False).prune(0.97, 0.999)
-    found = fp.graph_effects(model, given, graph, edges=8, progress=False)
+    corrupted = tokens.clone()
+    corrupted[0, 2] = (tokens[0, 2] + 5) % 30
+    pair = fp.Pair(tuple(tokens[0].tolist()), tuple(corrupted[0].tolist()), (3,), ())
+    found = fp.graph_effects(model, given, graph, pair=pair, edges=8, progress=False)
     oracle._activations.cache_clear()
     cache = oracle.activations(model, tokens)
 
@@ -81,6 +84,14 @@ def test_effects_are_those_of_plain_runs(kind: str, name: str, kind_of: str) -> 
                 by = {f"blocks.{later}.hook_mlp_out": (at, acts[layer, at, index] * row)
                       for later, row in written(given, layer, index).items()}  # fmt: skip
                 assert abs(clean - supported(lowered(model, tokens, by, {}, read)[0]) - exact) < EXACT, node
+        assert found.swapped is not None
+        other = {name: value.clone() for name, value in oracle.activations(model, corrupted).items()}
+        for node, swapped in zip(found.nodes, found.swapped, strict=True):
+            if node.kind == "feature" and isinstance(given, list):
+                layer, at, index = place(node)
+                there = given[layer].encode(other[f"blocks.{layer}.{reads(model)}"])[0, at, index].detach()
+                by = {f"blocks.{layer}.hook_mlp_out": (at, (acts[layer, at, index] - there) * given[layer].W_dec[index])}
+                assert abs(clean - supported(lowered(model, tokens, by, {}, read)[0]) - swapped) < EXACT, node
     mlps = {f"blocks.{layer}.hook_mlp_out": cache[f"blocks.{layer}.hook_mlp_out"] for layer in range(LAYERS)}
     patterns = {f"blocks.{layer}.attn.hook_pattern": cache[f"blocks.{layer}.attn.hook_pattern"] for layer in range(LAYERS)}
     names = {graph.name(n): node for n, node in enumerate(graph.nodes)}
@@ -112,5 +123,11 @@ def test_tables_and_errors() -> None:
     assert abs(found.spearman - np.corrcoef(ranks, abs(table["exact"]).rank(ascending=False))[0, 1]) < EXACT
     assert len(found.edges_to_pandas()) == 4
     assert "Spearman" in repr(found)
+    assert found.swapped is None
+    assert list(found.plot(title="a <b>").data[0].y) == found.exact.tolist()
+    beside = fp.graph_effects(demo.model, demo.transcoders, graph, pair=pair, edges=0, progress=False)
+    assert "swapped" in beside.to_pandas()
+    with pytest.raises(fp.FeatpatchError, match="expected the graph's prompt"):
+        fp.graph_effects(demo.model, demo.transcoders, graph, pair=demo.pairs("capitals", n=2)[1], progress=False)
     with pytest.raises(fp.FeatpatchError, match="pass the graph's transcoders"):
         fp.graph_effects(demo.model, demo.clt, graph, progress=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,12 @@ from featpatch.pairs.pairs import Pairs
 from featpatch.ranking.nodes import rank_nodes
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.tracing.result import AttributionGraph
-from featpatch.untrusted import visible
+from featpatch.untrusted import in_figure, visible
 
 Numbers = NDArray[np.float64]
+
+NAMED = 8
+"""The number of nodes with the largest exact effects that are named in a figure."""
 
 ROWS = 64
 """Maximum number of sources that are ablated in one forward pass."""
@@ -61,6 +65,7 @@ class GraphEffects:
         predicted: the effect of ablating each that the complete graph predicts along all paths, see `AttributionGraph.totals`.
         exact: the effect of ablating each in the model, with everything live.
         edges: the strongest edges between features.
+        swapped: the effect of giving each its value in the corrupted prompt instead; None without a pair.
 
     Examples:
         >>> graph = fp.attribution_graph(model, demo.transcoders, pairs[0], progress=False).prune(nodes=0.5)
@@ -77,6 +82,7 @@ class GraphEffects:
     predicted: Numbers
     exact: Numbers
     edges: tuple[EdgeEffect, ...]
+    swapped: Numbers | None = None
 
     @property
     def spearman(self) -> float:
@@ -102,9 +108,32 @@ class GraphEffects:
         """
         check_numbers(0, n=0 if n is None else n)
         order = np.argsort(-abs(self.exact), kind="stable")[:n]
-        columns = (self.influence, self.predicted, self.exact, self.overrated)
-        rows = [(self.names[row], *(float(column[row]) for column in columns)) for row in order]
-        return Frame(rows, columns=["node", "influence", "predicted", "exact", "overrated"])
+        columns = {"influence": self.influence, "predicted": self.predicted, "exact": self.exact}
+        columns |= {} if self.swapped is None else {"swapped": self.swapped}
+        columns["overrated"] = self.overrated
+        return Frame({"node": [self.names[row] for row in order], **{name: of[order] for name, of in columns.items()}})
+
+    def plot(self, *, title: str = "") -> Any:
+        """Return a `plotly.graph_objects.Figure` of exact effects against influence, with the nodes' names.
+
+        Args:
+            title: the title of the figure.
+        """
+        import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+        check_kinds(str, title=title)
+        axes = {
+            "xaxis_title": "influence in the graph",
+            "xaxis_type": "log",
+            "yaxis_title": "exact effect of ablating the node",
+        }
+        figure = go.Figure(layout={"title": in_figure(title), **axes})
+        largest = np.argsort(-abs(self.exact), kind="stable")[:NAMED].tolist()
+        texts = [in_figure(name) if row in largest else "" for row, name in enumerate(self.names)]
+        hover = {"hovertext": [in_figure(name) for name in self.names], "hoverinfo": "text+x+y"}
+        return figure.add_scatter(
+            x=self.influence, y=self.exact, mode="markers+text", text=texts, textposition="top center", **hover
+        )
 
     def edges_to_pandas(self) -> Any:
         """Return a table of the strongest edges with the exact changes of their targets."""
@@ -124,7 +153,7 @@ def _spearman(one: Numbers, other: Numbers) -> float:
 
 @torch.no_grad()
 def graph_effects(
-    model: Any, transcoders: Any, graph: AttributionGraph, *, edges: int = 20, progress: bool = True
+    model: Any, transcoders: Any, graph: AttributionGraph, *, pair: Pair | None = None, edges: int = 20, progress: bool = True
 ) -> GraphEffects:
     """Measure by ablation what the nodes and the strongest edges of an attribution graph do in the model itself.
 
@@ -135,6 +164,7 @@ def graph_effects(
     Args:
         model, transcoders: those that the graph is of.
         graph: an attribution graph, pruned first because every node is a run.
+        pair: a pair whose clean prompt is that of the graph; each node is then also given its value in the corrupted prompt.
         edges: the number of edges between features, the largest first.
         progress: whether to show a progress bar.
 
@@ -142,7 +172,8 @@ def graph_effects(
         Influence, predicted and exact effects by node, their rank correlations, and a table of edges.
 
     Raises:
-        FeatpatchError: the graph has no features and errors, or is of another model or other transcoders.
+        FeatpatchError: the graph has no features and errors, is of another model or other transcoders, or the pair has
+            another prompt or a corrupted one of another length.
 
     Examples:
         >>> graph = fp.attribution_graph(model, demo.transcoders, pairs[0], progress=False).prune(nodes=0.5)
@@ -151,7 +182,13 @@ def graph_effects(
         True
     """
     check_kinds(AttributionGraph, graph=graph)
+    check_kinds((Pair, NoneType), pair=pair)
     check_numbers(0, edges=edges)
+    if pair is not None and (pair.clean != graph.prompt or len(pair.corrupted) != len(pair.clean)):
+        raise FeatpatchError(
+            f"pair has a clean prompt of {len(pair.clean)} and a corrupted one of {len(pair.corrupted)} tokens: expected the "
+            "graph's prompt, and a corrupted one of the same length; make the graph with fp.attribution_graph(..., pair)"
+        )
     lens = wrap(model)
     known = {each.name: each for each in dictionaries(lens, transcoders)}
     kept = [n for n, node in enumerate(graph.nodes) if node.kind != "logit" and node.site != sites.EMBEDDING]
@@ -173,11 +210,16 @@ def graph_effects(
     effects = rank_nodes(
         model, prompt, list(nodes), saes=transcoders, to="zero", metric=supported, together=False, progress=progress
     )
-    exact = effects.pooled("degradation")
+    exact, swapped = effects.pooled("degradation"), None
+    if pair is not None:
+        both = Pairs((Pair(graph.prompt, pair.corrupted, tuple(tokens), ()),))
+        options: dict[str, Any] = {"saes": transcoders, "metric": supported, "together": False, "progress": progress}
+        swaps = rank_nodes(model, both, list(nodes), directions=["noising"], **options)
+        swapped = swaps.changes("degradation").toarray()[:, 0]
     names = tuple(graph.name(n) for n in kept)
     found = _edges(lens, known, graph, edges)
     return GraphEffects(
-        nodes, names, graph.influence[kept].astype(float), graph.totals[kept].astype(float), exact.astype(float), found
+        nodes, names, graph.influence[kept].astype(float), graph.totals[kept].astype(float), exact.astype(float), found, swapped
     )
 
 

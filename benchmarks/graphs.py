@@ -150,26 +150,23 @@ def compare(name: str, skip: bool, features: int, size: int | None) -> None:
 def truth(prompts: int) -> None:
     """Compare influence in pruned graphs of the shipped model with exact effects, and edges with what patterns do."""
     demo = fp.load_demo(progress=False)
-    for name in ("transcoders", "clt"):
-        given = getattr(demo, name)
+    print(
+        "| transcoders, task | nodes per pruned graph | replacement score | Spearman of influence | of totals | edge: patterns "
+        "| edge: scales |\n|---|---:|---:|---:|---:|---:|---:|"
+    )
+    for name, given in (("per layer", demo.transcoders), ("cross-layer", demo.clt)):
         for task in ("ioi", "capitals", "greater_than", "sentiment"):
             rows, nodes, changes = [], 0, []
             for pair in demo.pairs(task, n=prompts):
                 graph = fp.attribution_graph(demo.model, given, pair, progress=False)
                 found = fp.graph_effects(demo.model, given, graph.prune(), progress=False)
-                whole = fp.graph_effects(demo.model, given, graph.prune(0.95), edges=0, progress=False)
-                rows.append((graph.replacement_score, found.spearman, found.spearman_predicted, whole.spearman))
+                rows.append((graph.replacement_score, found.spearman, found.spearman_predicted))
                 nodes += len(found.nodes)
                 changes += [(each.graph, each.frozen, each.live) for each in found.edges]
             edges = np.array(changes)
-            size = abs(edges[:, 0])
-            means = dict(zip(("replacement", "influence", "predicted", "influence at 0.95"), np.nanmean(rows, 0), strict=True))
-            said = ", ".join(f"{what} {value:.2f}" for what, value in means.items())
-            scales, patterns = (abs(edges[:, one] - edges[:, other]) / size for one, other in ((1, 0), (2, 1)))
-            print(
-                f"{name}, {task}: {nodes / prompts:.0f} nodes; Spearman with exact effects: {said}; of {len(edges)} edges, the "
-                f"median change by scales is {np.median(scales):.2f} and by patterns {np.median(patterns):.2f} of the edge"
-            )
+            moved = [np.median(abs(edges[:, one] - edges[:, other]) / abs(edges[:, 0])) for one, other in ((2, 1), (1, 0))]
+            cells = " | ".join(f"{value:.2f}" for value in (*np.nanmean(rows, 0), *moved))
+            print(f"| {name}, {task} | {nodes / prompts:.0f} | {cells} |")
 
 
 def main() -> None:

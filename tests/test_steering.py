@@ -420,6 +420,47 @@ def test_a_feature_that_is_never_active() -> None:
         steered_logits(small.model, small.clean, {FEATURE: 1.0}, saes=sae, unit="mean", reference=pairs_of(small))
 
 
+def test_prompts_one_after_the_other(bridge: Small) -> None:
+    """A prompt that is one token longer than the last sequence is a new one, unless it continues it."""
+    sae, first = bridge.at(RESID), bridge.clean[:1]
+    longer, continued = torch.cat([bridge.corrupted[:1], first[:, :1]], 1), torch.cat([first, first[:, :1]], 1)
+    with torch.no_grad(), fp.steer(bridge.model, {FEATURE: 6.0}, saes=sae, positions="generated") as fired:
+        bridge.model(first)
+        torch.testing.assert_close(bridge.model(longer), logits(bridge.model, longer), rtol=0, atol=1e-12)
+        assert fired.count == 0
+        bridge.model(first)
+        bridge.model(continued)
+        assert fired.count == 1
+
+
+def test_several_dictionaries_at_one_hook_point(small: Small) -> None:
+    sae, vector = small.at(RESID), torch.randn(WIDTH, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    along, tokens = fp.direction(vector, RESID), small.clean
+    found = steered_logits(small.model, tokens, {FEATURE: 6.0, fp.feature(along, 0): 3.0}, saes=[sae, along])
+    expected = logits(
+        small.model, tokens, **{RESID: lambda x: x + steered(sae, 5, 6.0, "add", x) + 3.0 * vector / vector.norm()}
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_special_tokens_are_left_out() -> None:
+    """Of the reference, and of what is steered."""
+    demo = fp.load_demo(progress=False)
+    model, sae, pairs = demo.model, demo.saes[4], demo.pairs("ioi", n=2)
+    prompts = list(dict.fromkeys(ids for pair in pairs for ids in (pair.clean, pair.corrupted)))
+    with torch.no_grad():
+        found = [sae.encode(model.run_with_cache(torch.tensor([ids]))[1][RESID])[0] for ids in prompts]
+        index = int(found[0][0].argmax())  # a feature that is active on BOS
+        mean = torch.cat([f[1:, index] for f in found]).mean()
+        assert abs(float(torch.cat([f[:, index] for f in found]).mean() - mean)) > 1e-3
+        node, tokens = fp.feature(sae, index), torch.tensor([prompts[0]])
+        steered_mean = steered_logits(model, tokens, {node: "mean"}, saes=sae, how="set", reference=pairs)
+        same = steered_logits(model, tokens, {node: float(mean)}, saes=sae, how="set")
+        torch.testing.assert_close(steered_mean, same, rtol=0, atol=1e-4)
+        listed = steered_logits(model, tokens, {node: 9.0}, saes=sae, positions=list(range(1, tokens.shape[1])))
+        torch.testing.assert_close(steered_logits(model, tokens, {node: 9.0}, saes=sae), listed, rtol=0, atol=1e-5)
+
+
 def test_labels_name_positions(bridge: Small) -> None:
     sae, pair = bridge.at(RESID), pairs_of(bridge)[0]
     tokens = torch.tensor([pair.clean])

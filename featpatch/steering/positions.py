@@ -103,12 +103,9 @@ class Sequences:
                 for place in self.positions:
                     inside = self.pair.positions(place) if self.pair is not None else [token_index(int(place), end - first)]
                     chosen[row, [first + position for position in inside]] = True
-        if isinstance(self.positions, str):
+        if isinstance(self.positions, str) and self.tokenizer is not None:
             for row, ids in enumerate(self.tokens.tolist()):
-                first, _ = self._span(row)
-                chosen[row, :first] = False
-                if self.tokenizer is not None:
-                    chosen[row, sorted(special_positions(self.tokenizer, ids))] = False
+                chosen[row, sorted(special_positions(self.tokenizer, ids))] = False
         return chosen[:, length - last :, None]
 
     def whole(self) -> tuple[Int[torch.Tensor, "rows length"], Int[torch.Tensor, "rows length"] | None]:

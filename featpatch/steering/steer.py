@@ -314,7 +314,7 @@ class _Steering:
 
     def _reading(self, hook: str) -> Edit:
         def keep(activation: torch.Tensor) -> None:
-            if not self.paused and self.encode == "steered":
+            if not self.paused:
                 self._read({hook: activation})
 
         return keep

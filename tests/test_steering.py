@@ -231,6 +231,12 @@ def test_prompts_of_different_lengths() -> None:
             together = model(batch, attention_mask=mask)[:, -1]
         torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=1e-3)
     assert not torch.allclose(alone[0], model(torch.tensor([short]))[0, -1], atol=1e-3)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    with fp.steer(model, values, saes=sae, positions="newest", attention_mask=mask):
+        together = model.generate(batch, attention_mask=mask, return_type="tokens", **options)[:, -4:]
+    for ids, row in zip((short, long), together, strict=True):
+        with fp.steer(model, values, saes=sae, positions="newest"):
+            assert torch.equal(generated(model, torch.tensor([ids]), cache=True, steps=4)[0, -4:], row)
 
 
 def test_beams_and_samples(bridge: Small) -> None:
@@ -392,6 +398,32 @@ FEATURE, HEAD = fp.feature(RESID, 5), fp.head(1, 2)
 def test_what_does_not_fit(bridge: Small, values: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=said):
         steered_logits(bridge.model, bridge.clean, values, **{"saes": bridge.at(RESID), **options})
+
+
+def test_doses_of_generated_tokens_leave_the_answer(bridge: Small) -> None:
+    options: dict[str, Any] = {"saes": bridge.at(RESID), "tokens": 3, "progress": False}
+    doses = fp.dose_response(bridge.model, pairs_of(bridge)[:1], [FEATURE], [6.0], positions="generated", **options)
+    assert not doses.measured["effect"].any()
+    with fp.steer(bridge.model, {FEATURE: 6.0}, saes=bridge.at(RESID), positions="generated"):
+        made = generated(bridge.model, torch.tensor([pairs_of(bridge)[0].clean]), cache=False, steps=3)
+    assert doses.texts[doses.nodes[0], 6.0] == [" ".join(map(str, made[0, -3:].tolist()))]
+
+
+def test_ctrl_c_keeps_the_doses_that_are_finished(bridge: Small) -> None:
+    calls = iter(range(100))
+
+    def score(text: str) -> float:
+        if next(calls) == 3:  # of the texts without steering and of the first dose, two each
+            raise KeyboardInterrupt
+        return 0.0
+
+    options: dict[str, Any] = {"saes": bridge.at(RESID), "tokens": 2, "score": score, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        fp.dose_response(bridge.model, pairs_of(bridge)[:2], [FEATURE], [1.0, 2.0], **options)
+    calls = iter(range(-2, 100))
+    doses = fp.dose_response(bridge.model, pairs_of(bridge)[:2], [FEATURE], [1.0, 2.0], **options)
+    assert (doses.doses, doses.metadata["finished"]) == ((1.0,), False)
+    assert doses.measured["score"].shape == (1, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ change doesn't reach what it reads. Measures of generated text come from generat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, product
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -76,7 +76,7 @@ class DoseResponse:
             text `perplexity`, `repetition` and `score`.
         unsteered: the metric and the measures of generated text without steering, `[prompts]`.
         texts: the generated texts of each node and dose, one per prompt; empty if none were generated.
-        metadata: the metric, what the numbers do, the unit and the positions.
+        metadata: the metric, what the numbers do, the unit, the positions, and whether all doses are finished.
 
     Examples:
         >>> doses = fp.dose_response(model, pairs, effects.top(2), [0.0, 2.0], saes=saes, progress=False)
@@ -179,10 +179,12 @@ def dose_response(
     Returns:
         For each node and dose the change of the metric (`effect`), the KL divergence of the unsteered from the steered answer
         distribution (`kl`) and, with `tokens`, the `perplexity` of the generated text under the unsteered model, its
-        `repetition` (the share of its pairs of adjacent tokens that have occurred before) and the `score`.
+        `repetition` (the share of its pairs of adjacent tokens that have occurred before) and the `score`. After Ctrl-C, the
+        doses that are finished.
 
     Raises:
         FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+        KeyboardInterrupt: after Ctrl-C before the first dose is finished.
 
     Examples:
         >>> doses = fp.dose_response(model, pairs, effects.top(1), [0.0, 1.0, 4.0], saes=saes, how="scale", progress=False)
@@ -211,32 +213,36 @@ def dose_response(
     chosen = tuple(dict.fromkeys(replace(node, position="all") for node, _ in owned))
     name = find(one_metric(metric)).name
     one = raw_values(lens, found, dict.fromkeys(chosen, 1.0), how, unit, reference)
-    raw = np.array([[float(one[node]) * dose for dose in doses] for node in chosen])
-    measured = {key: np.zeros((len(chosen), len(doses), len(pairs))) for key in ("effect", "kl")}
+    metrics, given = [one_metric(metric), KL], {"saes": saes, "how": how, "positions": positions}
     unsteered: dict[str, NDArray[np.float64]] = {}
+    finished: list[dict[str, NDArray[np.float64]]] = []
     texts: dict[tuple[Node, float], Sequence[str]] = {}
     steps = len(doses) * (1 + (len(chosen) if tokens else 0))
     with tqdm(total=steps, desc="steering", unit="dose", disable=not progress) as bar:
-        for number, dose in enumerate(doses):
-            amounts = {node: one[node] * dose for node in chosen}
-            effects = _effects(lens, saes, found, pairs, amounts, how, places, [one_metric(metric), KL], batch_rows)
-            unsteered[name] = effects.clean
-            for key, table, sign in (("effect", effects, -1), ("kl", effects.for_metric(KL), 1)):
-                measured[key][:, number] = sign * _changes(table, len(chosen))
-            bar.update()
-        if tokens:
-            _, plain = _texts(lens, pairs, tokens, score)
-            unsteered |= plain
-            measured |= {key: np.zeros((len(chosen), len(doses), len(pairs))) for key in plain}
-            for (row, node), (number, dose) in product(enumerate(chosen), enumerate(doses)):
-                given: dict[str, Any] = {"saes": saes, "how": how, "positions": positions}
-                said, values = _texts(lens, pairs, tokens, score, {node: float(raw[row, number])}, given)
-                texts[node, float(dose)] = said
-                for key, of_prompts in values.items():
-                    measured[key][row, number] = of_prompts
+        try:
+            if tokens:
+                _, unsteered = _texts(lens, pairs, tokens, score)
+            for dose in doses:
+                amounts = {node: one[node] * dose for node in chosen}
+                effects = _effects(lens, saes, found, pairs, amounts, how, places, metrics, batch_rows)
+                unsteered = {name: effects.clean, **unsteered}
+                of_dose = {"effect": -_changes(effects, len(chosen)), "kl": _changes(effects.for_metric(KL), len(chosen))}
                 bar.update()
-    about = {"metric": name, "how": how, "unit": unit, "positions": positions}
-    return DoseResponse(chosen, tuple(map(float, doses)), raw, measured, unsteered, texts, about)
+                made = []
+                for node, amount in amounts.items() if tokens else ():
+                    made.append(_texts(lens, pairs, tokens, score, {node: float(amount)}, given))
+                    bar.update()
+                texts |= {(node, float(dose)): said for node, (said, _) in zip(chosen, made, strict=False)}
+                of_dose |= {key: np.stack([values[key] for _, values in made]) for key in (made[0][1] if made else ())}
+                finished.append(of_dose)
+        except KeyboardInterrupt:
+            if not finished:
+                raise
+    done = tuple(map(float, doses[: len(finished)]))
+    measured = {key: np.stack([of_dose[key] for of_dose in finished], axis=1) for key in finished[0]}
+    raw = np.array([[float(one[node]) * dose for dose in done] for node in chosen])
+    about = {"metric": name, "how": how, "unit": unit, "positions": positions, "finished": len(done) == len(doses)}
+    return DoseResponse(chosen, done, raw, measured, unsteered, texts, about)
 
 
 def _effects(
@@ -258,7 +264,9 @@ def _effects(
             by_dictionary[node.sae][owner.number(node)] = amount
     others = [float(amount) for node, amount in amounts.items() if not node.sae]
     contrast = Ablation(Moved(how, by_dictionary, others[0] if others else 0.0), f"{how} {[*map(float, amounts.values())]}")
-    at: Sequence[int | str] = {"newest": [-1], "generated": []}.get(places, ["all"]) if isinstance(places, str) else places
+    at: Sequence[int | str] = ([-1] if places == "newest" else ["all"]) if isinstance(places, str) else places
+    if places == "generated":  # the answer is predicted before anything is generated
+        contrast = Ablation(Moved("scale", dict.fromkeys(by_dictionary, torch.tensor(1.0)), 1.0), "unsteered")
     patches = [Patch(tuple(replace(node, position=position) for position in at), str(node)) for node in amounts]
     options = Options(directions=["noising"], metric=metrics, batch_rows=batch_rows, combine=_combine(found, amounts))
     study, _ = node_study(lens.model, saes, pairs, patches, options, lambda parts: contrast)

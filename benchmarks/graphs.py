@@ -173,7 +173,7 @@ def main() -> None:
     """Compare all models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, default=64, help="features of each transcoder")
-    parser.add_argument("--truth", type=int, default=0, help="prompts of each task to compare with exact ablations")
+    parser.add_argument("-t", "--truth", type=int, default=0, help="prompts of each task to compare with exact ablations")
     options = parser.parse_args()
     if options.truth:
         truth(options.truth)

@@ -245,6 +245,10 @@ def test_labels_of_neuronpedia(small: Small, tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(lines.read_bytes()))
     expected = {fp.feature(sae, 3): "names", fp.feature(sae, 4): "verbs"}
     assert all(fp.load_labels(path, sae) == expected for path in (whole, lines, packed))
+    said = ["names\u2028of people", "a\x85b"]  # JSON allows these within a line
+    several = [json.dumps({"index": 3 + n, "description": each}, ensure_ascii=False) for n, each in enumerate(said)]
+    lines.write_bytes("\r\n".join(several).encode())
+    assert list(fp.load_labels(lines, sae).values()) == said
 
 
 @pytest.mark.parametrize(
@@ -253,6 +257,7 @@ def test_labels_of_neuronpedia(small: Small, tmp_path: Path) -> None:
         (b"[]", "no entries"),
         (b"", "no entries"),
         (b"[1]", "an entry 1"),
+        (b"[null]", "an entry null"),
         (b'[{"index": "-1", "description": "x"}]', "an entry"),
         (b'[{"index": 1, "description": ""}]', "an entry"),
         (b"{", "not JSON"),

@@ -106,6 +106,7 @@ def test_clusters_are_those_by_hand(least: float) -> None:
     sets = {frozenset(np.flatnonzero(np.array(found) == number).tolist()) for number in set(found)}
     assert sets == {frozenset(group) for group in by_hand(similarity, least)}
     assert len(set(clusters(similarity, least=least, count=5))) == 5
+    assert all(len(set(clusters(np.eye(4), least=least, count=count))) == count for count in (1, 2, 3, 4))  # equal joins
     assert clusters(similarity[:1, :1], least=0.5, count=None) == [0]
     assert cosines(np.array([[0.0, 0.0], [1.0, 0.0]]))[0, 1] == 0
 
@@ -139,6 +140,14 @@ def test_each_similarity_is_its_definition(small: Small, monkeypatch: pytest.Mon
         np.testing.assert_allclose(seen[-1], unit @ unit.T, rtol=0, atol=1e-9, err_msg=by)
     groups_of(small, list(nodes), size=3)  # without a table the effects are measured first
     np.testing.assert_allclose(seen[-1], seen[0], rtol=0, atol=1e-9)
+
+
+def test_no_group_is_lost_where_names_are_equal(small: Small) -> None:
+    _, effects = ranked(small)
+    labels = dict(zip(effects.nodes, ("a", "a (3)", "a"), strict=False))
+    groups = groups_of(small, effects.nodes[:3], similarity="decoder", size=3, labels=labels)
+    assert len(set(groups.names)) == 3
+    assert {node for patch in groups.patches for node in patch.nodes} == set(effects.nodes[:3])
 
 
 def test_groups_by_label_and_by_hook_point(small: Small) -> None:
@@ -285,6 +294,7 @@ def test_damaged_labels(small: Small, tmp_path: Path, content: bytes, said: str)
         ("table", {"similarity": "site", "size": 2}, "expected neither"),
         ("table", {"similarity": "site", "texts": ["a"]}, "expected no texts"),
         ("table", {"labels": {fp.head(0, 1): ""}}, "expected a text for each node"),
+        ("table", {"labels": {fp.feature("blocks.0.hook_resid_pre", 1): "a"}}, "labels of 1 node, none of which is among"),
         ("table", {"texts": "a"}, "expected a list of at least one document"),
         ("own", {"similarity": "effects"}, "groups of your own with similarity"),
         ({}, {}, "expected groups by name"),

@@ -403,12 +403,39 @@ def test_what_does_not_fit(bridge: Small, values: Any, options: dict[str, Any], 
         ([1.0], {"score": len}, "score without tokens"),
         ([1.0], {"positions": "generated"}, "positions='generated' without tokens"),
         ([1.0], {"tokens": 2, "score": lambda text: None}, "expected a finite number"),
+        ([1.0], {"tokens": 10}, "7 tokens and tokens=10.*expected at most 16 together"),
         ([1.0], {"metric": ["logit_diff", "log_prob"]}, "expected one name or one function"),
     ],
 )
 def test_doses_that_do_not_fit(bridge: Small, doses: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=said):
         fp.dose_response(bridge.model, pairs_of(bridge), [FEATURE], doses, saes=bridge.at(RESID), progress=False, **options)
+
+
+def test_doses_refuse_what_steering_refuses(bridge: Small) -> None:
+    for node, said in (
+        (HEAD, "a number has no direction"),
+        (fp.Node(RESID, "error", None, "all", RESID), "expected a feature"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=said):
+            fp.dose_response(bridge.model, pairs_of(bridge), [node], [1.0], saes=bridge.at(RESID), progress=False)
+
+
+def test_doses_of_generated_tokens_and_of_the_divergence(bridge: Small) -> None:
+    """The answer is predicted before any token is generated, so there is no effect on it to measure."""
+    model, pairs, sae = bridge.model, pairs_of(bridge), bridge.at(RESID)
+    options: dict[str, Any] = {"saes": sae, "progress": False}
+    doses = fp.dose_response(model, pairs, [FEATURE], [6.0], tokens=3, positions="generated", **options)
+    assert list(doses.measured) == ["perplexity", "repetition"] == list(doses.unsteered)
+    with fp.steer(model, {FEATURE: 6.0}, saes=sae, positions="generated"):
+        made = generated(model, torch.tensor([pairs[0].clean]), cache=False, steps=3)
+    assert doses.texts[FEATURE, 6.0][0] == " ".join(map(str, made[0, -3:].tolist()))
+    assert "generated" in repr(doses)
+    assert len(doses.plot().data) == 2
+    same = fp.dose_response(model, pairs, [FEATURE], [6.0], metric="neg_kl", **options)
+    np.testing.assert_allclose(same.measured["effect"], -same.measured["kl"], rtol=0, atol=1e-12)
+    other = fp.dose_response(model, pairs, [FEATURE], [6.0], **options)
+    np.testing.assert_allclose(same.measured["kl"], other.measured["kl"], rtol=0, atol=1e-12)
 
 
 def test_a_feature_that_is_never_active() -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from small import WIDTH, Small, small_bridge
+from sae_lens import Transcoder, TranscoderConfig
+from small import WIDTH, Small, at, randomised, small_bridge
 from test_cross import random, simple_clt, simple_crosscoder
 from test_nodes import LABELS, pairs_of
 
@@ -231,6 +232,61 @@ def test_prompts_of_different_lengths() -> None:
             together = model(batch, attention_mask=mask)[:, -1]
         torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=1e-3)
     assert not torch.allclose(alone[0], model(torch.tensor([short]))[0, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("encode", ["steered", "unsteered"])
+@pytest.mark.parametrize("positions", ["prompt", "generated"])
+def test_prompts_one_after_another(bridge: Small, positions: str, encode: Any) -> None:
+    """A prompt of one token is one, whatever was generated before it, and a cache that holds a prompt may get several tokens."""
+    model, options = bridge.model, {"saes": bridge.at(RESID), "positions": positions, "encode": encode}
+    values, first = {fp.feature(bridge.at(RESID), 5): 6.0}, bridge.clean[:1]
+    with fp.steer(model, values, **options):
+        whole = model(torch.cat([first, first[:, :1]], dim=1))
+    for cache in (True, False):
+        with fp.steer(model, values, **options):
+            alone = generated(model, first[:, :1], cache=cache)
+        with fp.steer(model, values, **options):
+            generated(model, first, cache=cache)
+            assert torch.equal(generated(model, first[:, :1], cache=cache), alone)
+            generated(model, first[:, :1], cache=cache)
+            torch.testing.assert_close(model(torch.cat([first, first[:, :1]], dim=1)), whole, rtol=0, atol=0)
+    if encode == "steered":
+        hooks = {RESID: lambda x: x + steered(bridge.at(RESID), 5, 6.0, "add", x) * within(positions, 7, 4)[None, :, None]}
+        with torch.no_grad(), fp.steer(model, values, **options):
+            past = model.original_model(first[:, :4], use_cache=True).past_key_values
+            rest = model.original_model(first[:, 4:], past_key_values=past).logits
+        torch.testing.assert_close(rest, logits(model, first, **hooks)[:, 4:], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("reads", "writes"), [("resid_post", "mlp_out"), ("mlp_out", "attn_out"), ("resid_mid", "resid_pre")])
+def test_features_that_are_read_too_late(bridge: Small, reads: str, writes: str) -> None:
+    metadata = at(f"blocks.1.hook_{reads}", f"blocks.1.hook_{writes}")
+    config = TranscoderConfig(WIDTH, 8, "float64", d_out=WIDTH, apply_b_dec_to_input=False, metadata=metadata)
+    made = randomised(Transcoder(config), 3)
+    with pytest.raises(fp.FeatpatchError, match="before it has read everything.*encode='unsteered'"):
+        steered_logits(bridge.model, bridge.clean, {fp.feature(made, 2): 3.0}, saes=made)
+    steered_logits(bridge.model, bridge.clean, {fp.feature(made, 2): 3.0}, saes=made, encode="unsteered")
+
+
+def test_the_residual_stream_after_attention(bridge: Small) -> None:
+    """A bridge has a copy of it, which is changed by way of the output of attention, together with what is steered there."""
+    model, tokens, mid, attn = bridge.model, bridge.clean, "blocks.1.hook_resid_mid", "blocks.1.hook_attn_out"
+    saes = [bridge.at(mid), bridge.at(attn)]
+    _, cache = model.run_with_cache(tokens)
+    features = {fp.feature(saes[0], 5): 6.0, fp.feature(saes[1], 6): 4.0}
+    both = sum(
+        steered(sae, *change, "add", cache[hook]) for sae, hook, change in ((saes[0], mid, (5, 6.0)), (saes[1], attn, (6, 4.0)))
+    )
+    for values, how, change in (
+        (features, "add", both),
+        ({fp.Node(mid, "activation"): 0.5}, "scale", -0.5 * cache[mid]),
+        ({fp.Node(mid, "activation"): 0.0}, "set", -cache[mid]),
+    ):
+        with pytest.raises(fp.FeatpatchError, match="before it has read everything.*encode='unsteered'"):
+            steered_logits(model, tokens, values, saes=saes, how=how)
+        found = steered_logits(model, tokens, values, saes=saes, how=how, encode="unsteered")
+        expected = logits(model, tokens, **{attn: lambda x, change=change: x + change})
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 def test_beams_and_samples(bridge: Small) -> None:

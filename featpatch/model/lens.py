@@ -239,11 +239,14 @@ class Lens(Model, ABC):
             )
 
     @contextmanager
-    def seeing(self, see: Callable[[Int[torch.Tensor, "batch pos"]], None]) -> Iterator[None]:
-        """Hand the token ids of every call of the model in this thread to a function, until the context ends."""
+    def seeing(self, see: Callable[[Int[torch.Tensor, "batch pos"], bool | None], None]) -> Iterator[None]:
+        """Hand the token ids of every call of the model in this thread to a function, until the context ends.
+
+        The function is also told whether the call has keys and values of earlier tokens; None if that is not known.
+        """
 
         def begin(_module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            see(next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)))
+            see(next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
 
         handle = self.model.embed.register_forward_pre_hook(in_this_thread(begin), with_kwargs=True)
         try:

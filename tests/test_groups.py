@@ -318,6 +318,9 @@ def test_groups_that_do_not_fit_into_circuits(small: Small) -> None:
     patch = fp.Patch((one, two))
     with pytest.raises(fp.FeatpatchError, match="over='edges'.*single nodes"):
         fp.find_circuit(small.model, pairs_of(small), saes=saes, nodes=[patch], over="edges")
+    for nodes in ([patch, one], [patch, fp.Patch((two, effects.nodes[2]))], [patch, patch]):
+        with pytest.raises(fp.FeatpatchError, match="is in several candidates: expected each node in one"):
+            fp.find_circuit(small.model, pairs_of(small), saes=saes, nodes=nodes, progress=False)
     at_all = fp.Patch((one, fp.Node(one.site, "feature", one.index, "all", one.sae)))
     with pytest.raises(fp.FeatpatchError, match="overlap"):
         fp.find_circuit(small.model, pairs_of(small), saes=saes, nodes=[at_all])

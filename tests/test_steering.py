@@ -289,6 +289,17 @@ def test_the_residual_stream_after_attention(bridge: Small) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
+def test_calls_without_tokens_are_refused(small: Small) -> None:
+    """Neither are they left unsteered, nor are they steered as the call before."""
+    model, tokens = small.model, small.clean
+    resid = torch.randn(len(tokens), 4, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad(), fp.steer(model, {fp.feature(small.at(RESID), 5): 6.0}, saes=small.at(RESID)):
+        for _ in range(2):
+            with pytest.raises(fp.FeatpatchError, match="called without token ids"):
+                model(resid, **({} if "bridge" in type(model).__module__ else {"start_at_layer": 0}))
+            model(tokens)
+
+
 def test_beams_and_samples(bridge: Small) -> None:
     """Rows that a beam search reorders keep their positions."""
     sae, tokens = bridge.at(RESID), bridge.clean[:1]

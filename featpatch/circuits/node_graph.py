@@ -63,8 +63,8 @@ class NodeGraph(Graph):
         for _, node in self.members:
             if node in seen:
                 raise FeatpatchError(
-                    f"node {str(node)!r} is in several candidates: expected each node in one, with which it is kept or ablated; "
-                    "leave it out of the others"
+                    f"node {str(node)!r} is in several candidates: expected each node in one, with which it is kept or "
+                    "ablated; leave it out of the others"
                 )
             seen.add(node)
             of_sae = node.kind in ("feature", "error") and known.get(node.sae) == node.site

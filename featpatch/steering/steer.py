@@ -299,7 +299,8 @@ class _Steering:
         """Check that what is written to a hook point is known.
 
         Raises:
-            FeatpatchError: a dictionary that writes to it has not read everything yet.
+            FeatpatchError: a dictionary that writes to it has not read everything yet, or no call has begun, because the model
+                was not given tokens.
         """
         late = next((group for group in self.waiting if hook in group.writes), None)
         if late is not None:
@@ -308,6 +309,12 @@ class _Steering:
             raise FeatpatchError(
                 f"{name!r} writes to {self.lens.carrier(hook)!r} before it has read everything ({missing}): expected "
                 "encode='unsteered', which reads values in a run of its own"
+            )
+
+        if hook not in self.changes:
+            raise FeatpatchError(
+                "the model was called without token ids, or runs a layer twice: expected tokens, whose positions are steered; "
+                "pass tokens instead of embeddings or start_at_layer"
             )
 
     def _reading(self, hook: str) -> Edit:
@@ -322,9 +329,9 @@ class _Steering:
             if self.paused:
                 return None
             self._check_read(hook)
-            self.reached, length, changes = True, activation.shape[1], self.changes.get(hook, [])
-            mask = self.prompts.steered(length).to(activation.device) if changes else None
-            if mask is None or not mask.any():
+            self.reached, length, changes = True, activation.shape[1], self.changes.pop(hook)
+            mask = self.prompts.steered(length).to(activation.device)
+            if not mask.any():
                 return None
             total = torch.stack([each[:, -length:].to(activation.device) for each in changes]).sum(0) * mask
             self.total.count += 1

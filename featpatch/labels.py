@@ -65,13 +65,13 @@ def _entries(path: Path) -> list[dict[str, Any]]:
         entries = (
             read_json(text)
             if text.lstrip().startswith("[")
-            else [read_json(line) for line in text.splitlines() if line.strip()]
+            else [read_json(line) for line in text.split("\n") if line.strip()]  # a text may hold other line separators
         )
     except ValueError as error:
         raise FeatpatchError(f"{str(path)!r} is not JSON ({str(error)[:100]}): {EXPECTED}") from error
-    strange = next((entry for entry in entries if not _is_explanation(entry)), None)
-    if strange is not None or not entries:
-        got = "no entries" if strange is None else f"an entry {json.dumps(strange)[:80]}"
+    strange = [entry for entry in entries if not _is_explanation(entry)]
+    if strange or not entries:
+        got = f"an entry {json.dumps(strange[0])[:80]}" if strange else "no entries"
         raise FeatpatchError(f"{str(path)!r} has {got}: {EXPECTED}")
     return entries
 

@@ -153,10 +153,10 @@ def check_unedited(model: Any) -> None:
     """Check that this thread is not editing the model, because measured values would be those of the edited model.
 
     Raises:
-        FeatpatchError: the call is within `fp.do` on the same model.
+        FeatpatchError: the call is within `fp.do` or `fp.steer` on the same model.
     """
     if any(thread == get_ident() for thread, _ in [*_editing.get(model, ())]):
         raise FeatpatchError(
-            "the model is patched already: expected an unpatched model, outside every `with fp.do(...)` block; end that block "
-            "first, or put the nodes of both into one Patch"
+            "the model is patched already: expected an unpatched model, outside every `with fp.do(...)` and "
+            "`with fp.steer(...)` block; end that block first, or put the nodes of both into one call"
         )

@@ -131,3 +131,16 @@ def test_tables_and_errors() -> None:
         fp.graph_effects(demo.model, demo.transcoders, graph, pair=demo.pairs("capitals", n=2)[1], progress=False)
     with pytest.raises(fp.FeatpatchError, match="pass the graph's transcoders"):
         fp.graph_effects(demo.model, demo.clt, graph, progress=False)
+
+
+def test_graphs_of_other_models_and_transcoders() -> None:
+    model, other = EVERY["bridge"]["gpt2"](), EVERY["bridge"]["neox"]()
+    given = transcoders(model)
+    graph = fp.attribution_graph(model, given, prompt(5)[0].tolist(), progress=False).prune(0.97, 0.999)
+    changed = transcoders(model)
+    with torch.no_grad():
+        changed[1].b_enc[:] += 0.1
+    for of, tried in ((model, changed), (other, given)):
+        for edges in (0, 5):
+            with pytest.raises(fp.FeatpatchError, match="pass the model and the transcoders of the graph"):
+                fp.graph_effects(of, tried, graph, edges=edges, progress=False)

@@ -496,3 +496,17 @@ def test_tables_and_networkx(graph: Any) -> None:
     assert set(nodes["kind"]) == {"feature", "error", "token", "logit"}
     with pytest.raises(fp.FeatpatchError, match="is not in the graph: expected one of graph.nodes"):
         graph.number(fp.LOGITS)
+
+
+def test_models_in_bfloat16_are_refused() -> None:
+    model = BRIDGES["gpt2"]().to(torch.bfloat16)
+    with pytest.raises(fp.FeatpatchError, match="computes in torch.bfloat16: expected float32"):
+        fp.attribution_graph(model, transcoders(model), [5, 9, 3, 7], progress=False)
+
+
+def test_names_of_unknown_nodes() -> None:
+    model = BRIDGES["gpt2"]()
+    graph = fp.attribution_graph(model, transcoders(model), [5, 9, 3], progress=False)
+    for number in (-1, len(graph.nodes), 10**9):
+        with pytest.raises(fp.FeatpatchError, match="number"):
+            graph.name(number)

@@ -106,6 +106,7 @@ def test_clusters_are_those_by_hand(least: float) -> None:
     sets = {frozenset(np.flatnonzero(np.array(found) == number).tolist()) for number in set(found)}
     assert sets == {frozenset(group) for group in by_hand(similarity, least)}
     assert len(set(clusters(similarity, least=least, count=5))) == 5
+    assert all(len(set(clusters(np.eye(4), least=least, count=count))) == count for count in (1, 2, 3, 4))  # equal joins
     assert clusters(similarity[:1, :1], least=0.5, count=None) == [0]
     assert cosines(np.array([[0.0, 0.0], [1.0, 0.0]]))[0, 1] == 0
 
@@ -139,6 +140,14 @@ def test_each_similarity_is_its_definition(small: Small, monkeypatch: pytest.Mon
         np.testing.assert_allclose(seen[-1], unit @ unit.T, rtol=0, atol=1e-9, err_msg=by)
     groups_of(small, list(nodes), size=3)  # without a table the effects are measured first
     np.testing.assert_allclose(seen[-1], seen[0], rtol=0, atol=1e-9)
+
+
+def test_no_group_is_lost_where_names_are_equal(small: Small) -> None:
+    _, effects = ranked(small)
+    labels = dict(zip(effects.nodes, ("a", "a (3)", "a"), strict=False))
+    groups = groups_of(small, effects.nodes[:3], similarity="decoder", size=3, labels=labels)
+    assert len(set(groups.names)) == 3
+    assert {node for patch in groups.patches for node in patch.nodes} == set(effects.nodes[:3])
 
 
 def test_groups_by_label_and_by_hook_point(small: Small) -> None:
@@ -245,6 +254,10 @@ def test_labels_of_neuronpedia(small: Small, tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(lines.read_bytes()))
     expected = {fp.feature(sae, 3): "names", fp.feature(sae, 4): "verbs"}
     assert all(fp.load_labels(path, sae) == expected for path in (whole, lines, packed))
+    said = ["names\u2028of people", "a\x85b"]  # JSON allows these within a line
+    several = [json.dumps({"index": 3 + n, "description": each}, ensure_ascii=False) for n, each in enumerate(said)]
+    lines.write_bytes("\r\n".join(several).encode())
+    assert list(fp.load_labels(lines, sae).values()) == said
 
 
 @pytest.mark.parametrize(
@@ -253,6 +266,7 @@ def test_labels_of_neuronpedia(small: Small, tmp_path: Path) -> None:
         (b"[]", "no entries"),
         (b"", "no entries"),
         (b"[1]", "an entry 1"),
+        (b"[null]", "an entry null"),
         (b'[{"index": "-1", "description": "x"}]', "an entry"),
         (b'[{"index": 1, "description": ""}]', "an entry"),
         (b"{", "not JSON"),
@@ -280,6 +294,7 @@ def test_damaged_labels(small: Small, tmp_path: Path, content: bytes, said: str)
         ("table", {"similarity": "site", "size": 2}, "expected neither"),
         ("table", {"similarity": "site", "texts": ["a"]}, "expected no texts"),
         ("table", {"labels": {fp.head(0, 1): ""}}, "expected a text for each node"),
+        ("table", {"labels": {fp.feature("blocks.0.hook_resid_pre", 1): "a"}}, "labels of 1 node, none of which is among"),
         ("table", {"texts": "a"}, "expected a list of at least one document"),
         ("own", {"similarity": "effects"}, "groups of your own with similarity"),
         ({}, {}, "expected groups by name"),
@@ -303,6 +318,9 @@ def test_groups_that_do_not_fit_into_circuits(small: Small) -> None:
     patch = fp.Patch((one, two))
     with pytest.raises(fp.FeatpatchError, match="over='edges'.*single nodes"):
         fp.find_circuit(small.model, pairs_of(small), saes=saes, nodes=[patch], over="edges")
+    for nodes in ([patch, one], [patch, fp.Patch((two, effects.nodes[2]))], [patch, patch]):
+        with pytest.raises(fp.FeatpatchError, match="is in several candidates: expected each node in one"):
+            fp.find_circuit(small.model, pairs_of(small), saes=saes, nodes=nodes, progress=False)
     at_all = fp.Patch((one, fp.Node(one.site, "feature", one.index, "all", one.sae)))
     with pytest.raises(fp.FeatpatchError, match="overlap"):
         fp.find_circuit(small.model, pairs_of(small), saes=saes, nodes=[at_all])

@@ -9,7 +9,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from small import WIDTH, Small, small_bridge
+from sae_lens import Transcoder, TranscoderConfig
+from small import WIDTH, Small, at, randomised, small_bridge
 from test_cross import random, simple_clt, simple_crosscoder
 from test_nodes import LABELS, pairs_of
 
@@ -239,6 +240,72 @@ def test_prompts_of_different_lengths() -> None:
             assert torch.equal(generated(model, torch.tensor([ids]), cache=True, steps=4)[0, -4:], row)
 
 
+@pytest.mark.parametrize("encode", ["steered", "unsteered"])
+@pytest.mark.parametrize("positions", ["prompt", "generated"])
+def test_prompts_one_after_another(bridge: Small, positions: str, encode: Any) -> None:
+    """A prompt of one token is one, whatever was generated before it, and a cache that holds a prompt may get several tokens."""
+    model, options = bridge.model, {"saes": bridge.at(RESID), "positions": positions, "encode": encode}
+    values, first = {fp.feature(bridge.at(RESID), 5): 6.0}, bridge.clean[:1]
+    with fp.steer(model, values, **options):
+        whole = model(torch.cat([first, first[:, :1]], dim=1))
+    for cache in (True, False):
+        with fp.steer(model, values, **options):
+            alone = generated(model, first[:, :1], cache=cache)
+        with fp.steer(model, values, **options):
+            generated(model, first, cache=cache)
+            assert torch.equal(generated(model, first[:, :1], cache=cache), alone)
+            generated(model, first[:, :1], cache=cache)
+            torch.testing.assert_close(model(torch.cat([first, first[:, :1]], dim=1)), whole, rtol=0, atol=0)
+    if encode == "steered":
+        hooks = {RESID: lambda x: x + steered(bridge.at(RESID), 5, 6.0, "add", x) * within(positions, 7, 4)[None, :, None]}
+        with torch.no_grad(), fp.steer(model, values, **options):
+            past = model.original_model(first[:, :4], use_cache=True).past_key_values
+            rest = model.original_model(first[:, 4:], past_key_values=past).logits
+        torch.testing.assert_close(rest, logits(model, first, **hooks)[:, 4:], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("reads", "writes"), [("resid_post", "mlp_out"), ("mlp_out", "attn_out"), ("resid_mid", "resid_pre")])
+def test_features_that_are_read_too_late(bridge: Small, reads: str, writes: str) -> None:
+    metadata = at(f"blocks.1.hook_{reads}", f"blocks.1.hook_{writes}")
+    config = TranscoderConfig(WIDTH, 8, "float64", d_out=WIDTH, apply_b_dec_to_input=False, metadata=metadata)
+    made = randomised(Transcoder(config), 3)
+    with pytest.raises(fp.FeatpatchError, match="before it has read everything.*encode='unsteered'"):
+        steered_logits(bridge.model, bridge.clean, {fp.feature(made, 2): 3.0}, saes=made)
+    steered_logits(bridge.model, bridge.clean, {fp.feature(made, 2): 3.0}, saes=made, encode="unsteered")
+
+
+def test_the_residual_stream_after_attention(bridge: Small) -> None:
+    """A bridge has a copy of it, which is changed by way of the output of attention, together with what is steered there."""
+    model, tokens, mid, attn = bridge.model, bridge.clean, "blocks.1.hook_resid_mid", "blocks.1.hook_attn_out"
+    saes = [bridge.at(mid), bridge.at(attn)]
+    _, cache = model.run_with_cache(tokens)
+    features = {fp.feature(saes[0], 5): 6.0, fp.feature(saes[1], 6): 4.0}
+    both = sum(
+        steered(sae, *change, "add", cache[hook]) for sae, hook, change in ((saes[0], mid, (5, 6.0)), (saes[1], attn, (6, 4.0)))
+    )
+    for values, how, change in (
+        (features, "add", both),
+        ({fp.Node(mid, "activation"): 0.5}, "scale", -0.5 * cache[mid]),
+        ({fp.Node(mid, "activation"): 0.0}, "set", -cache[mid]),
+    ):
+        with pytest.raises(fp.FeatpatchError, match="before it has read everything.*encode='unsteered'"):
+            steered_logits(model, tokens, values, saes=saes, how=how)
+        found = steered_logits(model, tokens, values, saes=saes, how=how, encode="unsteered")
+        expected = logits(model, tokens, **{attn: lambda x, change=change: x + change})
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_calls_without_tokens_are_refused(small: Small) -> None:
+    """Neither are they left unsteered, nor are they steered as the call before."""
+    model, tokens = small.model, small.clean
+    resid = torch.randn(len(tokens), 4, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad(), fp.steer(model, {fp.feature(small.at(RESID), 5): 6.0}, saes=small.at(RESID)):
+        for _ in range(2):
+            with pytest.raises(fp.FeatpatchError, match="called without token ids"):
+                model(resid, **({} if "bridge" in type(model).__module__ else {"start_at_layer": 0}))
+            model(tokens)
+
+
 def test_beams_and_samples(bridge: Small) -> None:
     """Rows that a beam search reorders keep their positions."""
     sae, tokens = bridge.at(RESID), bridge.clean[:1]
@@ -403,7 +470,7 @@ def test_what_does_not_fit(bridge: Small, values: Any, options: dict[str, Any], 
 def test_doses_of_generated_tokens_leave_the_answer(bridge: Small) -> None:
     options: dict[str, Any] = {"saes": bridge.at(RESID), "tokens": 3, "progress": False}
     doses = fp.dose_response(bridge.model, pairs_of(bridge)[:1], [FEATURE], [6.0], positions="generated", **options)
-    assert not doses.measured["effect"].any()
+    assert set(doses.measured) == {"perplexity", "repetition"}
     with fp.steer(bridge.model, {FEATURE: 6.0}, saes=bridge.at(RESID), positions="generated"):
         made = generated(bridge.model, torch.tensor([pairs_of(bridge)[0].clean]), cache=False, steps=3)
     assert doses.texts[doses.nodes[0], 6.0] == [" ".join(map(str, made[0, -3:].tolist()))]
@@ -435,12 +502,39 @@ def test_ctrl_c_keeps_the_doses_that_are_finished(bridge: Small) -> None:
         ([1.0], {"score": len}, "score without tokens"),
         ([1.0], {"positions": "generated"}, "positions='generated' without tokens"),
         ([1.0], {"tokens": 2, "score": lambda text: None}, "expected a finite number"),
+        ([1.0], {"tokens": 10}, "7 tokens and tokens=10.*expected at most 16 together"),
         ([1.0], {"metric": ["logit_diff", "log_prob"]}, "expected one name or one function"),
     ],
 )
 def test_doses_that_do_not_fit(bridge: Small, doses: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=said):
         fp.dose_response(bridge.model, pairs_of(bridge), [FEATURE], doses, saes=bridge.at(RESID), progress=False, **options)
+
+
+def test_doses_refuse_what_steering_refuses(bridge: Small) -> None:
+    for node, said in (
+        (HEAD, "a number has no direction"),
+        (fp.Node(RESID, "error", None, "all", RESID), "expected a feature"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=said):
+            fp.dose_response(bridge.model, pairs_of(bridge), [node], [1.0], saes=bridge.at(RESID), progress=False)
+
+
+def test_doses_of_generated_tokens_and_of_the_divergence(bridge: Small) -> None:
+    """The answer is predicted before any token is generated, so there is no effect on it to measure."""
+    model, pairs, sae = bridge.model, pairs_of(bridge), bridge.at(RESID)
+    options: dict[str, Any] = {"saes": sae, "progress": False}
+    doses = fp.dose_response(model, pairs, [FEATURE], [6.0], tokens=3, positions="generated", **options)
+    assert list(doses.measured) == ["perplexity", "repetition"] == list(doses.unsteered)
+    with fp.steer(model, {FEATURE: 6.0}, saes=sae, positions="generated"):
+        made = generated(model, torch.tensor([pairs[0].clean]), cache=False, steps=3)
+    assert doses.texts[FEATURE, 6.0][0] == " ".join(map(str, made[0, -3:].tolist()))
+    assert "generated" in repr(doses)
+    assert len(doses.plot().data) == 2
+    same = fp.dose_response(model, pairs, [FEATURE], [6.0], metric="neg_kl", **options)
+    np.testing.assert_allclose(same.measured["effect"], -same.measured["kl"], rtol=0, atol=1e-12)
+    other = fp.dose_response(model, pairs, [FEATURE], [6.0], **options)
+    np.testing.assert_allclose(same.measured["kl"], other.measured["kl"], rtol=0, atol=1e-12)
 
 
 def test_a_feature_that_is_never_active() -> None:

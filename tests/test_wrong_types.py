@@ -14,7 +14,7 @@ import featpatch as fp
 from featpatch.cli.options import spans
 
 SITE = "blocks.1.hook_resid_pre"
-NODE = fp.Node(SITE, "activation")
+NODE, FEATURE = fp.Node(SITE, "activation"), fp.feature(SITE, 3)
 WRONG: dict[str, Any] = {
     "None": None, "text": "x", "float": 3.5, "bool": True, "list": [], "huge": 10**30, "huger": 10**400, "negative": -1,
     "long": "y" * 5000, "digits": "9" * 5000, "object": object(), "mapping": {},
@@ -32,6 +32,11 @@ def pair(**changed: Any) -> fp.Pair:
 
 def prompted(**options: Any) -> fp.Pairs:
     return fp.Pairs.from_prompts(lambda text: list(map(ord, text)), clean=["ab"], corrupted=["cb"], correct=["d"], **options)
+
+
+def steered(small: Small, values: Any, **options: Any) -> None:
+    with torch.no_grad(), fp.steer(small.model, values, saes=small.at(SITE), **options):
+        small.model(small.clean)
 
 
 def viewed(positions: Any) -> Any:
@@ -112,6 +117,42 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
         fp.diagram.graph([NODE], [0.1]), tokens=x, slug="s", model="m"
     ),
     "viewer_json label": lambda small, pairs, effects, x: viewed({"end": x}),
+    "group_features nodes": lambda small, pairs, effects, x: fp.group_features(small.model, small.at(SITE), pairs, x),
+    "group_features of one's own": lambda small, pairs, effects, x: fp.group_features(
+        small.model, small.at(SITE), pairs, {"a": x}
+    ),
+    "group_features labels": lambda small, pairs, effects, x: fp.group_features(
+        small.model, small.at(SITE), pairs, [FEATURE], labels=x or {FEATURE: 1}
+    ),
+    "group_features size": lambda small, pairs, effects, x: fp.group_features(
+        small.model, small.at(SITE), pairs, [FEATURE], size=2 if x is None else x
+    ),
+    "load_labels": lambda small, pairs, effects, x: fp.load_labels(x, small.at(SITE)),
+    "steer": lambda small, pairs, effects, x: steered(small, x),
+    "steer number": lambda small, pairs, effects, x: steered(small, {FEATURE: "x" if x in (3.5, -1, 10**30) else x}),
+    "steer positions": lambda small, pairs, effects, x: steered(small, {FEATURE: 1.0}, positions=x),
+    "steer position": lambda small, pairs, effects, x: steered(small, {FEATURE: 1.0}, positions=[50 if x == -1 else x]),
+    "steer reference": lambda small, pairs, effects, x: steered(small, {FEATURE: 1.0}, unit="max", reference=x),
+    "steer pair": lambda small, pairs, effects, x: steered(small, {FEATURE: 1.0}, pair=x or 1),
+    "steer mask": lambda small, pairs, effects, x: steered(small, {FEATURE: 1.0}, attention_mask=1 if x is None else x),
+    "dose_response": lambda small, pairs, effects, x: fp.dose_response(small.model, pairs, x, [1.0], saes=small.at(SITE)),
+    "dose_response doses": lambda small, pairs, effects, x: fp.dose_response(
+        small.model, pairs, [FEATURE], x, saes=small.at(SITE)
+    ),
+    "attribution_graph prompt": lambda small, pairs, effects, x: fp.attribution_graph(small.model, small.saes[8], x),
+    "attribution_graph targets": lambda small, pairs, effects, x: fp.attribution_graph(
+        small.model, small.saes[8], [1, 2], targets=[x]
+    ),
+    "graph_effects": lambda small, pairs, effects, x: fp.graph_effects(small.model, small.saes[8], x),
+    "qk_attribution layer": lambda small, pairs, effects, x: fp.qk_attribution(
+        small.model, small.at(SITE), [1, 2], x, 0, key=0
+    ),
+    "qk_attribution key": lambda small, pairs, effects, x: fp.qk_attribution(
+        small.model, small.at(SITE), [1, 2], 1, 0, key=50 if x == -1 else x
+    ),
+    "qk_attribution query": lambda small, pairs, effects, x: fp.qk_attribution(
+        small.model, small.at(SITE), [1, 2], 1, 0, query=50 if x == -1 else x, key=0
+    ),
     "load_sae": lambda small, pairs, effects, x: fp.load_sae(x if x != "x" else "./x"),
     "load": lambda small, pairs, effects, x: fp.load(x if x != "x" else "./x"),
 }

@@ -54,12 +54,19 @@ class NodeGraph(Graph):
         """Check the pairs as in `Graph.check`, and that every node can be ablated.
 
         Raises:
-            FeatpatchError: if a node has another kind, its dictionary is not among those given, its activation can't be set, or
-                the nodes at a hook point include both features and heads or the whole activation.
+            FeatpatchError: if a node has another kind, its dictionary is not among those given, its activation can't be set, it
+                is in several candidates, or the nodes at a hook point include both features and heads or the whole activation.
         """
         super().check()
         known = {dictionary.name: dictionary.writes for dictionary in self.dictionaries}
+        seen: set[Node] = set()
         for _, node in self.members:
+            if node in seen:
+                raise FeatpatchError(
+                    f"node {str(node)!r} is in several candidates: expected each node in one, with which it is kept or "
+                    "ablated; leave it out of the others"
+                )
+            seen.add(node)
             of_sae = node.kind in ("feature", "error") and known.get(node.sae) == node.site
             head = node.kind == "head" and sites.is_component(node.site, "z")
             if not of_sae and not head and node.kind != "activation":

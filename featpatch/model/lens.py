@@ -214,19 +214,39 @@ class Lens(Model, ABC):
 
     @torch.no_grad()
     def generate(self, tokens: Int[torch.Tensor, "batch pos"], count: int) -> Int[torch.Tensor, "batch length"]:
-        """Generate up to `count` tokens greedily after each prompt, and return the prompts with them."""
+        """Generate up to `count` tokens greedily after each prompt, and return the prompts with them.
+
+        Raises:
+            FeatpatchError: the model's context is too short.
+        """
+        self.check_room(tokens.shape[1], count)
         stop = getattr(self.tokenizer, "eos_token_id", None) is not None
         options = {"do_sample": False, "stop_at_eos": stop, "return_type": "tokens", "verbose": False}
         cached = self.tokenizer is not None  # HookedTransformer's cached generation fails without a tokenizer
         made = self.model.generate(tokens.to(self.device), max_new_tokens=count, use_past_kv_cache=cached, **options)
         return cast(torch.Tensor, made)
 
+    def check_room(self, length: int, count: int) -> None:
+        """Check that `count` tokens can be generated after a prompt of a given length.
+
+        Raises:
+            FeatpatchError: the model's context is too short.
+        """
+        if self.n_ctx is not None and length + count > self.n_ctx:
+            raise FeatpatchError(
+                f"a prompt of {length} tokens and tokens={count}: expected at most {self.n_ctx} together, the model's context; "
+                "generate fewer tokens, or shorten the prompt"
+            )
+
     @contextmanager
-    def seeing(self, see: Callable[[Int[torch.Tensor, "batch pos"]], None]) -> Iterator[None]:
-        """Hand the token ids of every call of the model in this thread to a function, until the context ends."""
+    def seeing(self, see: Callable[[Int[torch.Tensor, "batch pos"], bool | None], None]) -> Iterator[None]:
+        """Hand the token ids of every call of the model in this thread to a function, until the context ends.
+
+        The function is also told whether the call has keys and values of earlier tokens; None if that is not known.
+        """
 
         def begin(_module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            see(next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)))
+            see(next(each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)), None)
 
         handle = self.model.embed.register_forward_pre_hook(in_this_thread(begin), with_kwargs=True)
         try:

@@ -1,6 +1,6 @@
 """The lenses for TransformerLens' two model classes, TransformerBridge and HookedTransformer, and the choice between them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -110,6 +110,22 @@ class BridgeLens(Lens):
         _ = self._wraps  # computing it runs the model, which must not be edited yet
         with super().edit(site, change, first=first, last=last) as fired:
             yield fired
+
+    @contextmanager
+    def seeing(self, see: Callable[[Int[torch.Tensor, "batch pos"], bool | None], None]) -> Iterator[None]:
+        """Hand the token ids of every call to a function, see `Lens.seeing`; the Hugging Face model knows its cache."""
+        known: list[bool] = []
+
+        def begin(_module: Any, _args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            past = kwargs.get("past_key_values")
+            known[:] = [past is not None and past.get_seq_length() > 0]
+
+        handle = self.model.original_model.register_forward_pre_hook(in_this_thread(begin), with_kwargs=True)
+        try:
+            with super().seeing(lambda tokens, _: see(tokens, known.pop() if known else None)):
+                yield
+        finally:
+            handle.remove()
 
     def _points(self) -> Mapping[str, HookPoint]:
         """Return the hook points of TransformerBridge with their aliases, which SAETransformerBridge leaves out."""

@@ -15,12 +15,14 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.frame import Frame
 from featpatch.model.lens import Lens
+from featpatch.model.stack import rounding
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs
 from featpatch.ranking.nodes import rank_nodes
 from featpatch.sae.dictionary import Dictionary, dictionaries
+from featpatch.tracing.prompt import prompt_of
 from featpatch.tracing.result import AttributionGraph
 from featpatch.untrusted import in_figure, visible
 
@@ -199,6 +201,8 @@ def graph_effects(
         raise FeatpatchError(
             f"the graph has {had}: expected nodes of {', '.join(map(repr, known))}; pass the graph's transcoders"
         )
+    runs = _Runs(lens, known, graph)
+    runs.check()
     tokens = [node.index for node in graph.nodes if node.kind == "logit" and node.index is not None]
     weights = torch.from_numpy(graph.probabilities)
 
@@ -217,21 +221,21 @@ def graph_effects(
         swaps = rank_nodes(model, both, list(nodes), directions=["noising"], **options)
         swapped = swaps.changes("degradation").toarray()[:, 0]
     names = tuple(graph.name(n) for n in kept)
-    found = _edges(lens, known, graph, edges)
+    found = _edges(runs, edges)
     return GraphEffects(
         nodes, names, graph.influence[kept].astype(float), graph.totals[kept].astype(float), exact.astype(float), found, swapped
     )
 
 
-def _edges(lens: Lens, known: dict[str, Dictionary], graph: AttributionGraph, count: int) -> tuple[EdgeEffect, ...]:
+def _edges(runs: "_Runs", count: int) -> tuple[EdgeEffect, ...]:
     """Measure the strongest edges between features."""
+    graph = runs.graph
     inside = np.array([node.kind == "feature" for node in graph.nodes])
     size = abs(graph.adjacency) * inside[:, None] * inside
     order = np.argsort(-size, axis=None, kind="stable")[:count]
     ends = [divmod(int(place), len(graph.nodes)) for place in order if size.flat[place]]
     if not ends:
         return ()
-    runs = _Runs(lens, known, graph)
     sources = list(dict.fromkeys(source for _, source in ends))
     changed = {frozen: runs.changes(sources, sorted({target for target, _ in ends}), frozen) for frozen in (True, False)}
     return tuple(
@@ -248,7 +252,7 @@ class _Runs:
 
     def __init__(self, lens: Lens, known: dict[str, Dictionary], graph: AttributionGraph) -> None:
         self.lens, self.known, self.graph = lens, known, graph
-        self.tokens = torch.tensor([graph.prompt])
+        self.tokens = torch.tensor([prompt_of(lens, graph.prompt)[0]])
         layers = range(lens.n_layers)
         self.mlps = {hook for each in known.values() for hook in each.outputs}
         covered = {sites.layer_of(hook) for hook in self.mlps}
@@ -256,6 +260,31 @@ class _Runs:
         self.patterns = [sites.component(layer, "pattern") for layer in layers]
         reads = {hook for each in known.values() for hook in each.inputs}
         self.clean = lens.read(self.tokens, sorted({*self.mlps, *self.patterns, *reads}))
+        self.features = {name: each.split(self.clean).features[0] for name, each in known.items()}
+
+    def check(self) -> None:
+        """Check that features have the values that they have in the graph.
+
+        Raises:
+            FeatpatchError: one has not, because the graph is of another model or of other transcoders.
+        """
+        numbers = [n for n, node in enumerate(self.graph.nodes) if node.kind == "feature"]
+        values = self.graph.values[numbers]
+        for number, value in zip(numbers, values, strict=True):
+            now = self._value(number)
+            if not abs(now - value) <= rounding(self.lens) * abs(values).max():
+                raise FeatpatchError(
+                    f"{self.graph.name(number)} is {now:.3g}, and {value:.3g} in the graph: expected equal values; pass the "
+                    "model and the transcoders of the graph"
+                )
+
+    def _value(self, number: int) -> float:
+        """Return the value of a feature of the graph; NaN if the transcoder has no such feature."""
+        node = self.graph.nodes[number]
+        owner = self.known[node.sae]
+        assert node.index is not None
+        known = node.index < owner.per_group
+        return float(self.features[node.sae][int(node.position), owner.number(node)]) if known else float("nan")
 
     def changes(self, sources: Sequence[int], targets: Sequence[int], frozen: bool) -> dict[tuple[int, int], float]:
         """Return what each target's pre-activation loses when each source is ablated."""
@@ -281,10 +310,9 @@ class _Runs:
     def _written(self, number: int) -> dict[str, Float[torch.Tensor, " d_model"]]:
         """Return what a feature writes, by hook point."""
         node = self.graph.nodes[number]
-        owner, at = self.known[node.sae], int(node.position)
-        split, index = owner.split(self.clean), owner.number(node)
-        directions = owner.by_output(owner.directions(torch.tensor([index])))
-        return {hook: vector[0] * split.features[0, at, index].to(vector) for hook, vector in directions.items()}
+        owner = self.known[node.sae]
+        directions = owner.by_output(owner.directions(torch.tensor([owner.number(node)])))
+        return {hook: vector[0] * self._value(number) for hook, vector in directions.items()}
 
     def _encoder(self, number: int) -> tuple[str, Float[torch.Tensor, " d_in"]]:
         """Return the hook point that a feature reads, and its encoder."""

@@ -237,6 +237,12 @@ def group_features(
         if size is not None and size > len(features):
             raise FeatpatchError(f"size={size}: expected at most {len(features)} groups, the number of features")
         known = {_bare(node): label for node, label in (labels or {}).items()}
+        if known and not any(_bare(node) in known for node in features):
+            count = "1 node" if len(known) == 1 else f"{len(known)} nodes"
+            raise FeatpatchError(
+                f"labels of {count}, none of which is among the features (the first is {str(next(iter(known)))!r}): expected "
+                "labels of these features; load those of their SAE, or leave labels out"
+            )
         prompts = _prompts(lens, pairs, texts)
         keys: Sequence[Any]
         if similarity == "labels":
@@ -368,7 +374,9 @@ def _named(
             name = f"features of {some[0].sae}" + ("" if some[0].site in some[0].sae else f" at {some[0].site}")
             several = {node.position for other in groups for node in other if node.sae == some[0].sae}
             name += f" @ {some[0].position}" if len(several) > 1 else ""
-        named[name if name not in named else f"{name} ({number})"] = some
+        while name in named:
+            name += f" ({number})"
+        named[name] = some
     return named
 
 

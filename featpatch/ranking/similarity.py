@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.cluster.hierarchy import cut_tree, fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from featpatch.attribution.features import estimate_features
@@ -111,12 +111,12 @@ def clusters(similarity: Array, *, least: float, count: int | None) -> list[int]
     Args:
         similarity: the similarity of every two nodes.
         least: the least mean similarity of two clusters that are joined.
-        count: the number of clusters, which replaces `least`; there may be fewer if several joins are equal.
+        count: the number of clusters, which replaces `least`.
     """
     if len(similarity) < 2:
         return [0] * len(similarity)
     distance = 1 - (similarity + similarity.T) / 2
     np.fill_diagonal(distance, 0)
     tree = linkage(squareform(distance, checks=False), method="average")
-    found = fcluster(tree, 1 - least, "distance") if count is None else fcluster(tree, count, "maxclust")
+    found = fcluster(tree, 1 - least, "distance") if count is None else cut_tree(tree, count)[:, 0]
     return [int(number) for number in found]

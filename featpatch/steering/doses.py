@@ -32,7 +32,7 @@ from featpatch.patching.study import Options
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import check_nodes, with_owner
 from featpatch.steering.positions import Places, check_places
-from featpatch.steering.steer import How, moved, steer
+from featpatch.steering.steer import How, check_node, moved, steer
 from featpatch.steering.units import Unit, raw_values
 from featpatch.untrusted import in_figure
 
@@ -72,8 +72,8 @@ class DoseResponse:
         nodes: the nodes.
         doses: the doses, in `unit`.
         raw: the raw number of each node and dose, `[nodes, doses]`.
-        measured: the measures by name, `[nodes, doses, prompts]`: `effect` (the change of the metric), `kl`, and for generated
-            text `perplexity`, `repetition` and `score`.
+        measured: the measures by name, `[nodes, doses, prompts]`: `effect` (the change of the metric) and `kl`, unless only
+            generated tokens are steered, and for generated text `perplexity`, `repetition` and `score`.
         unsteered: the metric and the measures of generated text without steering, `[prompts]`.
         texts: the generated texts of each node and dose, one per prompt; empty if none were generated.
         metadata: the metric, what the numbers do, the unit, the positions, and whether all doses are finished.
@@ -170,7 +170,8 @@ def dose_response(
             nodes. Their own positions are ignored.
         doses: the numbers.
         saes, how, unit, reference: as in `fp.steer`.
-        positions: as in `fp.steer`; `"generated"` only with `tokens`, because the answer is predicted in the prompt.
+        positions: as in `fp.steer`; `"generated"` only with `tokens`, and then without `effect` and `kl`, because the answer is
+            predicted in the prompt.
         metric: one metric of the answer.
         tokens: the number of tokens to generate greedily after each prompt; 0 for none.
         score: a function from a generated text to a number, such as a classifier; only with `tokens`.
@@ -210,24 +211,32 @@ def dose_response(
         )
     found = dictionaries_if_any(lens, saes)
     owned = [with_owner(lens, node, found) for node in check_nodes(lens, nodes, found, "nodes")]
+    for node, owner in owned:
+        check_node(lens, node, owner, how)
+    if tokens:
+        lens.check_room(max(len(pair.clean) for pair in pairs), tokens)
     chosen = tuple(dict.fromkeys(replace(node, position="all") for node, _ in owned))
     name = find(one_metric(metric)).name
+    metrics = [one_metric(metric), *([KL] if name != KL else [])]
     one = raw_values(lens, found, dict.fromkeys(chosen, 1.0), how, unit, reference)
-    metrics, given = [one_metric(metric), KL], {"saes": saes, "how": how, "positions": positions}
+    given, at_answer = {"saes": saes, "how": how, "positions": positions}, places != "generated"
     unsteered: dict[str, NDArray[np.float64]] = {}
     finished: list[dict[str, NDArray[np.float64]]] = []
     texts: dict[tuple[Node, float], Sequence[str]] = {}
-    steps = len(doses) * (1 + (len(chosen) if tokens else 0))
+    steps = len(doses) * (at_answer + (len(chosen) if tokens else 0))
     with tqdm(total=steps, desc="steering", unit="dose", disable=not progress) as bar:
         try:
             if tokens:
                 _, unsteered = _texts(lens, pairs, tokens, score)
             for dose in doses:
                 amounts = {node: one[node] * dose for node in chosen}
-                effects = _effects(lens, saes, found, pairs, amounts, how, places, metrics, batch_rows)
-                unsteered = {name: effects.clean, **unsteered}
-                of_dose = {"effect": -_changes(effects, len(chosen)), "kl": _changes(effects.for_metric(KL), len(chosen))}
-                bar.update()
+                of_dose: dict[str, NDArray[np.float64]] = {}
+                if at_answer:
+                    effects = _effects(lens, saes, found, pairs, amounts, how, places, metrics, batch_rows)
+                    unsteered = {name: effects.clean, **unsteered}
+                    of_dose["effect"] = -_changes(effects, len(chosen))
+                    of_dose["kl"] = _changes(effects.for_metric(KL), len(chosen))
+                    bar.update()
                 made = []
                 for node, amount in amounts.items() if tokens else ():
                     made.append(_texts(lens, pairs, tokens, score, {node: float(amount)}, given))
@@ -264,9 +273,7 @@ def _effects(
             by_dictionary[node.sae][owner.number(node)] = amount
     others = [float(amount) for node, amount in amounts.items() if not node.sae]
     contrast = Ablation(Moved(how, by_dictionary, others[0] if others else 0.0), f"{how} {[*map(float, amounts.values())]}")
-    at: Sequence[int | str] = ([-1] if places == "newest" else ["all"]) if isinstance(places, str) else places
-    if places == "generated":  # the answer is predicted before anything is generated
-        contrast = Ablation(Moved("scale", dict.fromkeys(by_dictionary, torch.tensor(1.0)), 1.0), "unsteered")
+    at: Sequence[int | str] = places if not isinstance(places, str) else [-1] if places == "newest" else ["all"]
     patches = [Patch(tuple(replace(node, position=position) for position in at), str(node)) for node in amounts]
     options = Options(directions=["noising"], metric=metrics, batch_rows=batch_rows, combine=_combine(found, amounts))
     study, _ = node_study(lens.model, saes, pairs, patches, options, lambda parts: contrast)

@@ -4,7 +4,8 @@ A generated sequence has a prompt and the tokens that were generated after it. A
 with a KV cache, only its newest token. `Sequences` works out from the tokens that are embedded which of the two it is, so that
 a position means the same token in both cases:
 
-- One token per row continues the sequences before, if there are as many rows.
+- A call with keys and values of earlier tokens continues the sequences before, if there are as many rows. Whether a
+  HookedTransformer has them is not known; a call with one token per row counts as such.
 - The sequences before with one more token per row continue them too.
 - Anything else begins new sequences, and these tokens are the prompts.
 """
@@ -71,15 +72,15 @@ class Sequences:
     tokens: Int[torch.Tensor, "rows pos"] | None = field(default=None, init=False)
     prompt: int = field(default=0, init=False)
 
-    def see(self, tokens: Int[torch.Tensor, "rows pos"]) -> None:
-        """Take note of tokens that are embedded.
+    def see(self, tokens: Int[torch.Tensor, "rows pos"], cached: bool | None) -> None:
+        """Take note of tokens that are embedded, and whether the call has a cache, see `Lens.seeing`.
 
         Raises:
             FeatpatchError: a new prompt does not fit the attention mask, or lacks a position that is steered.
         """
         tokens, before = tokens.detach().cpu(), self.tokens
         rows, length = tokens.shape
-        if before is not None and len(before) == rows and length == 1:
+        if before is not None and len(before) == rows and (length == 1 if cached is None else cached):
             self.tokens = torch.cat([before, tokens], dim=1)
         elif before is not None and len(before) == rows and length == before.shape[1] + 1 and _grown(before, tokens):
             self.tokens = tokens

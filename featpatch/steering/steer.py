@@ -130,7 +130,8 @@ def steer(
             steered token; or a list of token indices of the prompt (-1 is its last token) and of labels of `pair`.
         encode: whether features are read in the `"steered"` model, whose activations earlier layers and tokens have changed
             already, or in the `"unsteered"` one, which needs a second run of the whole sequence in every call. Required to be
-            `"unsteered"` for crosscoders, which read a layer after they have written to a lower one.
+            `"unsteered"` for crosscoders, which read a layer after they have written to a lower one, and at `hook_resid_mid` of
+            a TransformerBridge, which is changed by way of the output of attention.
         pair: the pair whose labels are among the positions; the prompts must be as long as its own.
         attention_mask: the mask of padded prompts, 1 for tokens and 0 for padding, so that indices count from the first token.
 
@@ -139,7 +140,8 @@ def steer(
 
     Raises:
         FeatpatchError: if the input is unusable, a feature is never active in the reference, the model's prompts don't fit the
-            positions or the mask, another `fp.do` or `fp.steer` on this model has not ended, or the model was never called.
+            positions or the mask, an SAE writes before it has read everything, another `fp.do` or `fp.steer` on this model has
+            not ended, or the model was never called.
 
     Examples:
         >>> tokens = model.to_tokens(demo.text()[0])[:, :8]
@@ -157,9 +159,6 @@ def steer(
     mask = None if attention_mask is None else torch.atleast_2d(attention_mask)
     prompts = Sequences(lens.tokenizer, check_places(positions, pair), pair, mask)
     groups = _groups(lens, dictionaries_if_any(lens, saes), values, how, unit, reference)
-    if encode == "steered":
-        for group in groups:
-            _check_order(lens, group)
     steering = _Steering(lens, groups, prompts, encode)
     with steering.on():
         yield steering.total
@@ -189,8 +188,8 @@ def _groups(
     amounts = raw_values(lens, found, given, how, unit, reference)
     groups: dict[tuple[str, str, int], tuple[Dictionary | None, list[int], list[torch.Tensor]]] = {}
     for node, owner in owners:
-        site = "" if owner is not None else lens.carrier(lens.site(node.site))
-        _check_node(lens, node, owner, how)
+        site = "" if owner is not None else lens.site(node.site)
+        check_node(lens, node, owner, how)
         numbers = [owner.number(node)] if owner is not None else list(_coordinates(lens, node))
         name, group = ("", 0) if owner is None else (owner.name, numbers[0] // owner.per_group)
         _, all_numbers, all_amounts = groups.setdefault((site, name, group), (owner, [], []))
@@ -204,7 +203,7 @@ def _groups(
     ]
 
 
-def _check_node(lens: Lens, node: Node, owner: Dictionary | None, how: How) -> None:
+def check_node(lens: Lens, node: Node, owner: Dictionary | None, how: How) -> None:
     """Check that a node can be steered.
 
     Raises:
@@ -230,22 +229,6 @@ def _coordinates(lens: Lens, node: Node) -> range:
         return range(prod(shape))
     size = shape[-1] if node.kind == "head" else 1
     return range(node.index * size, (node.index + 1) * size)
-
-
-def _check_order(lens: Lens, group: Steered) -> None:
-    """Check that a dictionary reads everything before it writes.
-
-    Raises:
-        FeatpatchError: it reads a layer after it writes to a lower one.
-    """
-    if group.owner is None:
-        return
-    reads, writes = (max(map(sites.layer_of, group.reads)), min(map(sites.layer_of, group.writes)))
-    if reads > writes or (len(group.writes) > 1 and reads == writes and set(group.reads) & set(group.writes)):
-        raise FeatpatchError(
-            f"{group.owner.name!r} reads layer {reads} and writes to layer {writes}, before it has read everything: expected "
-            "encode='unsteered', which reads the features in a run of its own"
-        )
 
 
 @dataclass(eq=False)
@@ -280,20 +263,20 @@ class _Steering:
     def on(self) -> Iterator[None]:
         """Steer the calls of the model in this thread until the context ends."""
         hooks = {hook for group in self.groups for hook in group.reads}
-        written = {self.lens.carrier(hook): hook for group in self.groups for hook in group.writes}
+        written = {hook for group in self.groups for hook in group.writes}
         with ExitStack() as stack:
             stack.enter_context(self.lens.seeing(self._begin))
             for hook in hooks:
                 stack.enter_context(self.lens.edit(hook, self._reading(hook)))
-            for carrier, hook in written.items():
-                stack.enter_context(self.lens.edit(carrier, self._writing(hook)))
+            for hook in written:
+                stack.enter_context(self.lens.edit(self.lens.carrier(hook), self._writing(hook)))
             yield
 
-    def _begin(self, tokens: Int[torch.Tensor, "batch pos"]) -> None:
-        """Begin a call of the model with these tokens."""
+    def _begin(self, tokens: Int[torch.Tensor, "batch pos"], cached: bool | None) -> None:
+        """Begin a call of the model with these tokens, see `Lens.seeing`."""
         if self.paused:
             return
-        self.prompts.see(tokens)
+        self.prompts.see(tokens, cached)
         self.live, self.changes, self.waiting = {}, {}, list(self.groups)
         if self.encode == "unsteered":
             self.paused = True
@@ -312,6 +295,28 @@ class _Steering:
             for hook, change in group.change(self.live).items():
                 self.changes.setdefault(hook, []).append(change)
 
+    def _check_read(self, hook: str) -> None:
+        """Check that what is written to a hook point is known.
+
+        Raises:
+            FeatpatchError: a dictionary that writes to it has not read everything yet, or no call has begun, because the model
+                was not given tokens.
+        """
+        late = next((group for group in self.waiting if hook in group.writes), None)
+        if late is not None:
+            name = late.site if late.owner is None else late.owner.name
+            missing = ", ".join(each for each in late.reads if each not in self.live)
+            raise FeatpatchError(
+                f"{name!r} writes to {self.lens.carrier(hook)!r} before it has read everything ({missing}): expected "
+                "encode='unsteered', which reads values in a run of its own"
+            )
+
+        if hook not in self.changes:
+            raise FeatpatchError(
+                "the model was called without token ids, or runs a layer twice: expected tokens, whose positions are steered; "
+                "pass tokens instead of embeddings or start_at_layer"
+            )
+
     def _reading(self, hook: str) -> Edit:
         def keep(activation: torch.Tensor) -> None:
             if not self.paused:
@@ -323,9 +328,10 @@ class _Steering:
         def change(activation: torch.Tensor) -> torch.Tensor | None:
             if self.paused:
                 return None
-            self.reached, length, changes = True, activation.shape[1], self.changes.get(hook, [])
-            mask = self.prompts.steered(length).to(activation.device) if changes else None
-            if mask is None or not mask.any():
+            self._check_read(hook)
+            self.reached, length, changes = True, activation.shape[1], self.changes.pop(hook)
+            mask = self.prompts.steered(length).to(activation.device)
+            if not mask.any():
                 return None
             total = torch.stack([each[:, -length:].to(activation.device) for each in changes]).sum(0) * mask
             self.total.count += 1

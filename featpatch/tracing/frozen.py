@@ -186,9 +186,15 @@ class FrozenPath:
         """Run a prompt and freeze its attention.
 
         Raises:
-            FeatpatchError: the model's layers do not have the standard form, or their weights can't be read.
+            FeatpatchError: the model's layers do not have the standard form, their weights can't be read, or the model computes
+                in less than float32.
         """
         lens.check_unhooked()
+        if torch.finfo(lens.dtype).bits < 32:
+            raise FeatpatchError(
+                f"the model computes in {lens.dtype}: expected float32 or float64, in which the inputs of a node sum to its "
+                "value; load it with fp.load(..., dtype='float32')"
+            )
         made = projections_of(lens, tokens)
         if made is None:
             raise FeatpatchError(

@@ -7,6 +7,7 @@ q and k are linear in the features, error and biases that the residual stream co
 of them (Kamath et al. 2025, "Tracing Attention Computation Through Feature Interactions").
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError, check_choices, check_numbers
+from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_integer
 from featpatch.frame import Frame
 from featpatch.model.layer import Layer, Linear, Norm, UnsupportedError
 from featpatch.model.lens import Lens
@@ -182,13 +183,14 @@ def _index(prompt: Any, name: str, position: Any, length: int) -> int:
     Raises:
         FeatpatchError: it is not the position of one token.
     """
-    if isinstance(position, str):
-        places = prompt.positions(position) if isinstance(prompt, Pair) and position in prompt.labels else ()
-        if len(places) != 1:
-            known = ", ".join(prompt.labels) if isinstance(prompt, Pair) else "none, because the prompt is no pair"
-            raise FeatpatchError(f"{name}={position!r}: expected a token index or a label of one token ({known})")
-        position = places[0]
-    return token_index(position, length)
+    if is_integer(position):
+        return token_index(int(position), length)
+    labels = prompt.labels if isinstance(prompt, Pair) else {}
+    places: Sequence[int] = prompt.positions(position) if isinstance(position, str) and position in labels else ()
+    if len(places) != 1:
+        known = ", ".join(labels) if labels else "none" if isinstance(prompt, Pair) else "none, because the prompt is no pair"
+        raise FeatpatchError(f"{name}={position!r:.60}: expected a token index or a label of one token ({known})")
+    return token_index(places[0], length)
 
 
 def _chosen(lens: Lens, saes: Any, layer: int) -> Dictionary:

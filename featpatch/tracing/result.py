@@ -177,7 +177,14 @@ class AttributionGraph:
         return Frame(rows, columns=columns).astype({"layer": "Int64", "index": "Int64"})
 
     def name(self, number: int) -> str:
-        """Return the name of a node for people, such as `L3 feature 121 @ 5 ' Mary'`."""
+        """Return the name of a node for people, such as `L3 feature 121 @ 5 ' Mary'`.
+
+        Raises:
+            FeatpatchError: the graph has no node of this number.
+        """
+        check_numbers(0, number=number)
+        if number >= len(self.nodes):
+            raise FeatpatchError(f"number={number}: expected the number of a node, from 0 to {len(self.nodes) - 1}")
         node = self.nodes[number]
         at = int(node.position)
         where = f"@ {at}{f' {self.words[at]!r}' if self.words else ''}"

@@ -32,7 +32,7 @@ from featpatch.patching.study import Options
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import check_nodes, with_owner
 from featpatch.steering.positions import Places, check_places
-from featpatch.steering.steer import How, check_node, moved, steer
+from featpatch.steering.steer import Encode, How, check_node, moved, steer
 from featpatch.steering.units import Unit, raw_values
 from featpatch.untrusted import in_figure
 
@@ -153,6 +153,7 @@ def dose_response(
     unit: Unit = "raw",
     reference: Sequence[str] | Pairs | None = None,
     positions: Places = "all",
+    encode: Encode = "steered",
     metric: str | Metric | Sequence[str | Metric] = "logit_diff",
     tokens: int = 0,
     score: Callable[[str], float] | None = None,
@@ -172,6 +173,7 @@ def dose_response(
         saes, how, unit, reference: as in `fp.steer`.
         positions: as in `fp.steer`; `"generated"` only with `tokens`, and then without `effect` and `kl`, because the answer is
             predicted in the prompt.
+        encode: as in `fp.steer`, for generated text. The effect on the answer is that of features read in the unsteered model.
         metric: one metric of the answer.
         tokens: the number of tokens to generate greedily after each prompt; 0 for none.
         score: a function from a generated text to a number, such as a classifier; only with `tokens`.
@@ -193,6 +195,7 @@ def dose_response(
     lens = wrap(model)
     check_pairs(pairs)
     check_choices(get_args(How), how=how)
+    check_choices(get_args(Encode), encode=encode)
     check_numbers(0, tokens=tokens)
     if score is not None and not callable(score):
         raise FeatpatchError(f"score is of type {type(score).__name__}: expected a function from a text to a number")
@@ -236,7 +239,7 @@ def dose_response(
             unsteered |= plain
             measured |= {key: np.zeros(shape) for key in plain}
             for (row, node), (number, dose) in product(enumerate(chosen), enumerate(doses)):
-                given: dict[str, Any] = {"saes": saes, "how": how, "positions": positions}
+                given: dict[str, Any] = {"saes": saes, "how": how, "positions": positions, "encode": encode}
                 said, values = _texts(lens, pairs, tokens, score, {node: float(raw[row, number])}, given)
                 texts[node, float(dose)] = said
                 for key, of_prompts in values.items():

@@ -451,6 +451,7 @@ FEATURE, HEAD = fp.feature(RESID, 5), fp.head(1, 2)
         ({FEATURE: 1.0}, {"positions": "some"}, "expected one of all, prompt, generated, newest"),
         ({FEATURE: 1.0}, {"positions": []}, "expected one of all, prompt, generated, newest"),
         ({FEATURE: 1.0}, {"positions": ["S2"]}, "expected pair="),
+        ({FEATURE: 1.0}, {"pair": fp.Pair((1,), (2,), (3,), (4,))}, "expected no pair, because no label is named"),
         ({FEATURE: 1.0}, {"positions": [99]}, "99"),
         ({FEATURE: 1.0}, {"encode": "both"}, "encode='both': expected one of steered, unsteered"),
         ({FEATURE: 1.0}, {"attention_mask": torch.ones(1, 3, dtype=torch.long)}, r"attention_mask is \[1, 3\]"),
@@ -535,6 +536,15 @@ def test_doses_of_generated_tokens_and_of_the_divergence(bridge: Small) -> None:
     np.testing.assert_allclose(same.measured["effect"], -same.measured["kl"], rtol=0, atol=1e-12)
     other = fp.dose_response(model, pairs, [FEATURE], [6.0], **options)
     np.testing.assert_allclose(same.measured["kl"], other.measured["kl"], rtol=0, atol=1e-12)
+
+
+def test_text_with_features_that_are_read_too_late(bridge: Small) -> None:
+    model, pairs, mid = bridge.model, pairs_of(bridge), bridge.at("blocks.1.hook_resid_mid")
+    values, options = {fp.feature(mid, 5): 6.0}, {"saes": mid, "encode": "unsteered"}
+    doses = fp.dose_response(model, pairs, [*values], [6.0], tokens=3, progress=False, **options)
+    with fp.steer(model, values, **options):
+        made = generated(model, torch.tensor([pairs[0].clean]), cache=False, steps=3)
+    assert doses.texts[doses.nodes[0], 6.0][0] == " ".join(map(str, made[0, -3:].tolist()))
 
 
 def test_a_feature_that_is_never_active() -> None:

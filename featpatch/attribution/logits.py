@@ -24,7 +24,7 @@ from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_n
 from featpatch.frame import Frame
 from featpatch.model.layer import Head
 from featpatch.model.lens import Lens
-from featpatch.model.stack import AttentionOutput, attention_outputs, head_of, rounding
+from featpatch.model.stack import AttentionOutput, attention_outputs, head_of, rounding, wide
 from featpatch.model.transformer_lens import wrap
 from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.pairs import Pairs, check_pairs
@@ -297,26 +297,26 @@ class _Reader:
             torch.tensor([p.answer_position for p in some]),
         )
         read = lens.read(tokens, self._hooks)
-        logits = _wide(lens.answer(tokens, answers))
+        logits = wide(lens.answer(tokens, answers))
         columns = sorted({token for pair in some for token in (*pair.correct, *pair.wrong)})
         weights = logits.new_zeros(len(some), len(columns))
         for row, pair in enumerate(some):
             for sign, tokens_of in ((1, pair.correct), (-1, pair.wrong if self.metric == "logit_diff" else ())):
                 for token in tokens_of:
                     weights[row, columns.index(token)] += sign / len(tokens_of)
-        at = {hook: _wide(x[torch.arange(len(some)), answers.to(x.device)]).flatten(1) for hook, x in read.items()}
+        at = {hook: wide(x[torch.arange(len(some)), answers.to(x.device)]).flatten(1) for hook, x in read.items()}
         norm, final = self.head.norm, at[sites.resid_post(lens.n_layers - 1)]
-        unembedding = weights.to(self.head.weight.device) @ _wide(self.head.weight[:, columns]).T
+        unembedding = weights.to(self.head.weight.device) @ wide(self.head.weight[:, columns]).T
         stream = unembedding if norm is None else norm.pull(unembedding, final.to(unembedding.device))
         total, bias = (weights * logits[:, columns]).sum(1), self.head.bias
         if self.head.softcap is not None:
             raw = Head(norm, self.head.weight, bias, None)(final.to(self.head.weight.dtype), torch.tensor(columns))
-            total = (weights * _wide(raw).to(weights)).sum(1)
+            total = (weights * wide(raw).to(weights)).sum(1)
         biases = {}
         if norm is not None and norm.bias is not None:
-            biases[Term("final norm bias")] = unembedding @ _wide(norm.bias).to(unembedding)
+            biases[Term("final norm bias")] = unembedding @ wide(norm.bias).to(unembedding)
         if bias is not None:
-            biases[Term("unembedding bias")] = weights @ _wide(bias[columns]).to(weights)
+            biases[Term("unembedding bias")] = weights @ wide(bias[columns]).to(weights)
 
         def every() -> Iterator[tuple[Term, torch.Tensor]]:
             back: dict[str, torch.Tensor] = {}
@@ -357,15 +357,15 @@ class _Reader:
                 yield Term("attention", layer), _dot(at[sites.component(layer, "attn_out")], stream)
             else:
                 norm, hook = output.norm, sites.component(layer, "z")
-                weight, along = _wide(output.weight), stream.to(output.weight.device)
+                weight, along = wide(output.weight), stream.to(output.weight.device)
                 z = at[hook].reshape(len(along), *weight.shape[:2]).to(weight)
                 pulled = along if norm is None else norm.pull(along, output.in_front(z))
                 gradient = torch.einsum("hdm,rm->rhd", weight, pulled)
                 back[hook] = gradient.flatten(1)
                 for head, value in enumerate((z * gradient).sum(2).T):
                     yield Term("head", layer, head), value
-                biases = [] if output.bias is None else [pulled @ _wide(output.bias).to(pulled)]
-                biases += [] if norm is None or norm.bias is None else [along @ _wide(norm.bias).to(along)]
+                biases = [] if output.bias is None else [pulled @ wide(output.bias).to(pulled)]
+                biases += [] if norm is None or norm.bias is None else [along @ wide(norm.bias).to(along)]
                 if biases:
                     yield Term("attention bias", layer), torch.stack(biases).sum(0)
             if self.lens.has_mlp(layer):
@@ -388,8 +388,8 @@ def _of_dictionary(
     features, error = split.features, split.error[:, 0]
     layer = sites.layer_of(dictionary.writes)
     active = features[:, 0].ne(0).any(0).nonzero()[:, 0]
-    along = _wide(dictionary.directions(active)) @ gradient.to(error.device, _wide(error).dtype).T
-    values = _wide(features[:, 0, active]).to(along) * along.T
+    along = wide(dictionary.directions(active)) @ gradient.to(error.device, wide(error).dtype).T
+    values = wide(features[:, 0, active]).to(along) * along.T
     if dictionary.behaviour.scaled:
         values = values * gain(dictionary.codec, split.state)[:, 0].to(values)
     for index, value in zip(active.tolist(), values.T, strict=True):
@@ -430,8 +430,4 @@ def _check_sums(lens: Lens, result: LogitAttribution) -> None:
 
 
 def _dot(one: torch.Tensor, other: Rows) -> Float[torch.Tensor, " rows"]:
-    return (_wide(one).flatten(1).to(other) * other).sum(1)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return (wide(one).flatten(1).to(other) * other).sum(1)

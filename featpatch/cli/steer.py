@@ -1,6 +1,7 @@
 """The command `steer`, which prints generations side by side, the plain one first."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,8 +79,6 @@ def steer(
 
 def _continued(model: Any, prompt: str, tokens: int, values: Any = None, options: Any = None) -> str:
     """Return what the model writes after a prompt, steered if there are values."""
-    from contextlib import nullcontext
-
     from featpatch.model.transformer_lens import wrap
 
     lens, ids = wrap(model), model.to_tokens(prompt)

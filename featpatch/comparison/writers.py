@@ -25,13 +25,11 @@ from numpy.typing import NDArray
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
+from featpatch.model.stack import rounding, wide
 from featpatch.nodes import Position
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs
 from featpatch.sae.dictionary import Dictionary
-
-ROUNDING = 8
-"""The rounding error allowed in what a layer writes, as a share of the largest value, in units of the model's precision."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,12 @@ class Writers:
         runs = lens.read(torch.tensor([pair.corrupted, pair.clean]), [hook for both in hooks for hook in both])
         found: list[torch.Tensor | None] = []
         for layer, both in enumerate(hooks):
-            z, out = (_wide(runs[hook]).flatten(2).flatten(0, 1) for hook in both)
+            z, out = (wide(runs[hook]).flatten(2).flatten(0, 1) for hook in both)
             readable = lens.output_weight(layer)
             if readable is None:
                 found.append(None)
                 continue
-            weight = _wide(readable)
+            weight = wide(readable)
             heads = z @ weight.flatten(0, 1)
             differ = ((heads - heads.mean(0)) - (out - out.mean(0))).abs().max()
             adds_up = bool(differ <= rounding(lens) * torch.maximum(heads.abs().max(), out.abs().max()))
@@ -103,24 +101,15 @@ def on_stream(hook: str) -> bool:
     return sites.entry(hook) is not None and sites.is_stream(hook)
 
 
-def rounding(lens: Lens) -> float:
-    """Return the rounding error allowed in what a layer writes, as a share of the largest value."""
-    return max(1e-3, float(ROUNDING * torch.finfo(lens.dtype).eps))
-
-
 def changes(runs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the change from the corrupted to the clean run of activations `[2, pos, ...]`, in float32 or wider."""
-    return {hook: _wide(values[1]) - _wide(values[0]) for hook, values in runs.items()}
+    return {hook: wide(values[1]) - wide(values[0]) for hook, values in runs.items()}
 
 
 def _place(hook: str) -> tuple[int, bool]:
     """Return the place of a hook point along the residual stream: its layer, and whether it comes after the attention."""
     layer, place = sites.entry(hook) or (sites.layer_of(hook), "pre")
     return layer, place != "pre"
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 VALUES = 2**23
@@ -243,9 +232,9 @@ def _where(pair: Pair, position: Position, *, causal: bool) -> list[int]:
     return [token for token in pair.positions(position) if token >= pair.first_difference or not causal]
 
 
-def _check_sum(reads: str, stream: torch.Tensor, delta: torch.Tensor, change: torch.Tensor, rounding: float) -> None:
+def _check_sum(reads: str, stream: torch.Tensor, delta: torch.Tensor, change: torch.Tensor, share: float) -> None:
     off = (delta.sum(0) - change).abs().max()
-    if not off <= 4 * rounding * torch.maximum(stream.abs().max(), delta.abs().max()):
+    if not off <= 4 * share * torch.maximum(stream.abs().max(), delta.abs().max()):
         raise FeatpatchError(
             f"the sum of what layers write and the residual stream at {reads!r} differ by {float(off):.3g}, of a change of "
             f"{float(change.abs().max()):.3g}: expected a residual stream to which heads and MLPs are added unchanged; "

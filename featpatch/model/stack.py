@@ -90,6 +90,11 @@ def rounding(lens: Lens) -> float:
     return max(1e-3, float(ROUNDING * torch.finfo(lens.dtype).eps))
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float32 at least, without its gradient."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
 def attention_outputs(lens: Lens, tokens: Int[torch.Tensor, "prompts pos"]) -> list[AttentionOutput | None]:
     """Return the way in which each layer adds its heads to the residual stream; None if it has another one.
 

@@ -32,7 +32,7 @@ from featpatch.patching.study import Options
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import check_nodes, with_owner
 from featpatch.steering.positions import Places, check_places
-from featpatch.steering.steer import How, check_node, moved, steer
+from featpatch.steering.steer import Encode, How, check_node, moved, steer
 from featpatch.steering.units import Unit, raw_values
 from featpatch.untrusted import in_figure
 
@@ -153,6 +153,7 @@ def dose_response(
     unit: Unit = "raw",
     reference: Sequence[str] | Pairs | None = None,
     positions: Places = "all",
+    encode: Encode = "steered",
     metric: str | Metric | Sequence[str | Metric] = "logit_diff",
     tokens: int = 0,
     score: Callable[[str], float] | None = None,
@@ -172,6 +173,7 @@ def dose_response(
         saes, how, unit, reference: as in `fp.steer`.
         positions: as in `fp.steer`; `"generated"` only with `tokens`, and then without `effect` and `kl`, because the answer is
             predicted in the prompt.
+        encode: as in `fp.steer`, for generated text. The effect on the answer is that of features read in the unsteered model.
         metric: one metric of the answer.
         tokens: the number of tokens to generate greedily after each prompt; 0 for none.
         score: a function from a generated text to a number, such as a classifier; only with `tokens`.
@@ -195,6 +197,7 @@ def dose_response(
     lens = wrap(model)
     check_pairs(pairs)
     check_choices(get_args(How), how=how)
+    check_choices(get_args(Encode), encode=encode)
     check_numbers(0, tokens=tokens)
     if score is not None and not callable(score):
         raise FeatpatchError(f"score is of type {type(score).__name__}: expected a function from a text to a number")
@@ -204,7 +207,7 @@ def dose_response(
         )
     if not isinstance(doses, (list, tuple)) or not doses or not all(map(is_finite, doses)) or len(set(doses)) < len(doses):
         raise FeatpatchError(f"doses={doses!r:.80}: expected a list of finite numbers, each once, such as [0.0, 1.0, 4.0]")
-    places = check_places(positions, pairs[0])
+    places = check_places(positions, None if isinstance(positions, str) else pairs[0])
     if places == "generated" and not tokens:
         raise FeatpatchError(
             "positions='generated' without tokens: expected a number of tokens to generate; pass tokens=20, or other positions"
@@ -219,7 +222,7 @@ def dose_response(
     name = find(one_metric(metric)).name
     metrics = [one_metric(metric), *([KL] if name != KL else [])]
     one = raw_values(lens, found, dict.fromkeys(chosen, 1.0), how, unit, reference)
-    given, at_answer = {"saes": saes, "how": how, "positions": positions}, places != "generated"
+    given, at_answer = {"saes": saes, "how": how, "positions": positions, "encode": encode}, places != "generated"
     unsteered: dict[str, NDArray[np.float64]] = {}
     finished: list[dict[str, NDArray[np.float64]]] = []
     texts: dict[tuple[Node, float], Sequence[str]] = {}
@@ -305,7 +308,8 @@ def _texts(
     texts, measures = [], []
     for pair in pairs:
         prompt = torch.tensor([pair.clean])
-        with steer(lens.model, values, pair=pair, **options) if values else nullcontext():
+        named = None if isinstance(options.get("positions"), str) else pair
+        with steer(lens.model, values, pair=named, **options) if values else nullcontext():
             made = lens.generate(prompt, tokens)
         new = made[0, len(pair.clean) :].tolist()
         texts.append(lens.tokenizer.decode(new) if lens.tokenizer is not None else " ".join(map(str, new)))

@@ -35,6 +35,11 @@ def check_places(positions: Any, pair: Pair | None) -> Places:
         FeatpatchError: they are neither a name nor a list of indices and labels, or a label has no pair.
     """
     if isinstance(positions, str):
+        if pair is not None and positions in EVERYWHERE:
+            raise FeatpatchError(
+                f"positions={positions!r} with pair=...: expected no pair, because no label is named; leave it out, or "
+                "list labels"
+            )
         if positions not in EVERYWHERE:
             raise FeatpatchError(
                 f"positions={positions!r}: expected one of {', '.join(EVERYWHERE)}, or a list of token indices and labels"

@@ -20,18 +20,13 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.layer import Norm
 from featpatch.model.lens import Lens
-from featpatch.model.stack import Projections, projections_of
+from featpatch.model.stack import Projections, projections_of, wide
 
 Stream = Float[torch.Tensor, "pos d_model"]
 Gradient = Float[torch.Tensor, "targets pos d_model"]
 
 VALUES = 2**21
 """Maximum number of values of the gradients that are computed together."""
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in float32 at least, without its gradient."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass(frozen=True)

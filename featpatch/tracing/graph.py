@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, is_integer
 from featpatch.model.lens import Lens
-from featpatch.model.stack import head_of, rounding
+from featpatch.model.stack import head_of, rounding, wide
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Node
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import AnswerTokens
 from featpatch.sae.dictionary import dictionaries
-from featpatch.tracing.frozen import FrozenPath, Targets, wide
+from featpatch.tracing.frozen import FrozenPath, Targets
 from featpatch.tracing.influence import Kinds, cumulative, influence, normalised, partial_influence, scores, totals
 from featpatch.tracing.prompt import prompt_of
 from featpatch.tracing.result import AttributionGraph

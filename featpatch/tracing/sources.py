@@ -10,9 +10,10 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.layer import Norm
 from featpatch.model.lens import Lens
+from featpatch.model.stack import wide
 from featpatch.nodes import Node
 from featpatch.sae.dictionary import Dictionary, Split
-from featpatch.tracing.frozen import FrozenPath, Reading, Skip, Targets, Written, wide
+from featpatch.tracing.frozen import FrozenPath, Reading, Skip, Targets, Written
 
 
 @dataclass(frozen=True)

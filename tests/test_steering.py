@@ -376,9 +376,8 @@ def test_doses_are_steered_runs(small: Small, how: Any, positions: Any) -> None:
             for slot, pair in enumerate(pairs):
                 tokens = torch.tensor([pair.clean])
                 plain = small.model(tokens)[0, -1].detach()
-                now = steered_logits(small.model, tokens, {node: dose}, saes=sae, how=how, positions=positions, pair=pair)[
-                    0, -1
-                ]
+                at: dict[str, Any] = {"positions": positions} | ({} if isinstance(positions, str) else {"pair": pair})
+                now = steered_logits(small.model, tokens, {node: dose}, saes=sae, how=how, **at)[0, -1]
                 change = oracle.logit_diff(now[None, None], pair.correct[0], pair.wrong[0])
                 change -= oracle.logit_diff(plain[None, None], pair.correct[0], pair.wrong[0])
                 assert doses.measured["effect"][row, number, slot] == pytest.approx(change, abs=1e-9)

@@ -27,9 +27,9 @@ LETTERS = 0.85
 """The smallest share of letters and spaces in a paragraph that counts as prose."""
 SHORTEST = 300
 """The smallest number of characters of a document."""
-LONGEST = 20_000
+LONGEST = 3000
 """The largest number of characters that are taken from one file."""
-HELD_OUT = 20
+HELD_OUT = 10
 """One document of this many is held out."""
 
 

@@ -31,9 +31,9 @@ WORK = Path("build/real_model/saes")
 HOOKS = "blocks.10.hook_resid_post,blocks.20.hook_resid_post,blocks.24.hook_resid_post"
 CHARACTERS = 6
 """Characters of text that are gathered for each token that is read; a token has about 4."""
-BATCH = 1024
-"""Activations in one step of training."""
-EXCERPT = 400
+ENCODED = 1024
+"""Activations that are encoded together to count dead features."""
+EXCERPT = 600
 """Characters of a held-out document on which losses are measured."""
 
 
@@ -46,6 +46,7 @@ class Settings:
         tokens: the number of tokens whose activations are read.
         width, k: the number of features, and of those that are active on a token on average.
         passes: how often training sees each activation.
+        batch: the number of activations in one step of training.
         rate: the learning rate, which falls to a tenth in the last third.
         seed: the seed of initialisation and order.
     """
@@ -55,6 +56,7 @@ class Settings:
     width: int
     k: int
     passes: int
+    batch: int = 512
     rate: float = 1e-3
     seed: int = 0
 
@@ -76,9 +78,9 @@ def check_settings(work: Path, settings: Settings) -> None:
         )
 
 
-def batches(x: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
+def batches(x: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tensor]:
     """Yield shuffled batches in float32 without end."""
-    generator, size = torch.Generator().manual_seed(seed), min(BATCH, len(x))
+    generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(x), generator=generator)
         for part in order[: len(x) // size * size].split(size):
@@ -88,12 +90,13 @@ def batches(x: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
 def train(x: torch.Tensor, hook: str, out: Path, settings: Settings) -> None:
     """Train an SAE on activations `[token, width]`, and save it in the format of sae-lens with a record of the training."""
     torch.manual_seed(settings.seed)
-    start, samples = time.process_time(), settings.passes * len(x)
-    steps = samples // BATCH
+    start, size, samples = time.process_time(), min(settings.batch, len(x)), settings.passes * len(x)
+    steps = samples // size
     config = BatchTopKTrainingSAEConfig(
         d_in=x.shape[1],
         d_sae=settings.width,
         k=float(settings.k),
+        topk_threshold_lr=max(0.01, min(1.0, 10 / steps)),  # a running mean from 0, which few steps do not reach with 0.01
         normalize_activations="expected_average_only_in",
         metadata=SAEMetadata(
             model_name=LABEL,
@@ -107,7 +110,7 @@ def train(x: torch.Tensor, hook: str, out: Path, settings: Settings) -> None:
     )
     training = SAETrainerConfig(
         total_training_samples=samples,
-        train_batch_size_samples=min(BATCH, len(x)),
+        train_batch_size_samples=size,
         lr=settings.rate,
         lr_end=settings.rate / 10,
         lr_warm_up_steps=min(50, steps // 4),
@@ -117,11 +120,11 @@ def train(x: torch.Tensor, hook: str, out: Path, settings: Settings) -> None:
         n_batches_for_norm_estimate=50,
         logger=LoggingConfig(log_to_wandb=False),
     )
-    trainer = SAETrainer(cfg=training, sae=BatchTopKTrainingSAE(config), data_provider=batches(x, settings.seed))
+    trainer = SAETrainer(cfg=training, sae=BatchTopKTrainingSAE(config), data_provider=batches(x, size, settings.seed))
     trainer.fit().save_inference_model(out)
     sae = SAE.load_from_disk(out)
     with torch.no_grad():
-        active = torch.stack([(sae.encode(part.float()) > 0).any(0) for part in x.split(BATCH)]).any(0)
+        active = torch.stack([(sae.encode(part.float()) > 0).any(0) for part in x.split(ENCODED)]).any(0)
     record = {"dead": int((~active).sum()), "tokens": len(x), "cpu_seconds": round(time.process_time() - start)}
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -154,7 +157,7 @@ def card(settings: Settings, work: Path, losses: Any) -> str:
             f"# SAEs of {LABEL}",
             "",
             f"BatchTopK SAEs (k = {settings.k}, {settings.width} features), trained by `python -m examples.real_model.train` with "
-            f"sae-lens: {settings.passes} passes over the activations, learning rate {settings.rate}, seed {settings.seed}.",
+            f"sae-lens: {settings.passes} passes over the activations in batches of {settings.batch}, learning rate {settings.rate}, seed {settings.seed}.",
             "",
             f"The text was found on the machine that trained them ({shares}, by characters); one document in {text.HELD_OUT} is "
             f"held out. Rows of {LENGTH} tokens begin with BOS, whose activation is left out.",
@@ -202,13 +205,15 @@ def main(
     width: Annotated[int, typer.Option(min=1, help="Number of features of each SAE.")] = 4096,
     k: Annotated[int, typer.Option(min=1, help="Number of features that are active on a token on average.")] = 32,
     passes: Annotated[int, typer.Option(min=1, help="How often training sees each activation.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Number of activations in one step of training.")] = 512,
     held_out: Annotated[int, typer.Option(min=100, help="Number of held-out tokens on which losses are measured.")] = 20_000,
     threads: Annotated[int, typer.Option(min=1, help="Number of threads of PyTorch.")] = 1,
 ) -> None:
     """Gather text, read activations, train an SAE at each hook point, measure them and write their card."""
     torch.set_num_threads(threads)
     with clear_errors():
-        print(f"wrote {run(model, work, Settings(tuple(hooks.split(',')), tokens, width, k, passes), held_out)}")
+        settings = Settings(tuple(hooks.split(",")), tokens, width, k, passes, batch)
+        print(f"wrote {run(model, work, settings, held_out)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ are left alone. Kept nodes have their values in this run, which upstream ablatio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -88,7 +89,7 @@ class NodeGraph(Graph):
                 "kind at a hook point; remove the others"
             )
 
-    @property
+    @cached_property
     def members(self) -> list[tuple[int, Node]]:
         """All nodes, each with the index of the item that it is or belongs to."""
         return [(number, node) for number, item in enumerate(self.items) for node in self.groups.get(item, (item,))]

@@ -98,7 +98,7 @@ class GraphEffects:
 
     @property
     def overrated(self) -> Numbers:
-        """By how many ranks each node is higher by influence than by the size of its exact effect; negative if lower."""
+        """The number of ranks that each node is higher by influence than by the size of its exact effect; negative if lower."""
         found: Numbers = rankdata(-abs(self.exact)) - rankdata(-self.influence)
         return found
 
@@ -289,7 +289,8 @@ class _Runs:
     def changes(self, sources: Sequence[int], targets: Sequence[int], frozen: bool) -> dict[tuple[int, int], float]:
         """Return what each target's pre-activation loses when each source is ablated."""
         found: dict[tuple[int, int], float] = {}
-        hooks = sorted({self._encoder(target)[0] for target in targets})
+        encoders = {target: self._encoder(target) for target in targets}
+        hooks = sorted({hook for hook, _ in encoders.values()})
         for start in range(0, len(sources), ROWS):
             some = sources[start : start + ROWS]
             put = {hook: self.clean[hook].repeat(len(some), *[1] * (self.clean[hook].ndim - 1)) for hook in self.mlps}
@@ -300,8 +301,7 @@ class _Runs:
                     put[hook][row, int(self.graph.nodes[source].position)] -= change.to(put[hook])
             with self.lens.put(put):
                 read = self.lens.read(self.tokens.expand(len(some), -1), hooks)
-            for target in targets:
-                hook, encoder = self._encoder(target)
+            for target, (hook, encoder) in encoders.items():
                 at = int(self.graph.nodes[target].position)
                 lost = (self.clean[hook][0, at] - read[hook][:, at]).to(encoder) @ encoder
                 found |= {(source, target): float(value) for source, value in zip(some, lost, strict=True)}

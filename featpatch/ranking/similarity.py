@@ -71,23 +71,24 @@ def decoder_profiles(nodes: Sequence[Node], found: Sequence[Dictionary]) -> Arra
     Raises:
         FeatpatchError: a feature adds no fixed direction, or the dictionaries write activations of different widths.
     """
-    by_name, profiles = {dictionary.name: dictionary for dictionary in found}, []
-    for node in nodes:
-        owner = by_name[node.sae]
-        if not owner.behaviour.linear:
+    profiles: dict[Node, Array] = {}
+    for owner in found:
+        own = [node for node in nodes if node.sae == owner.name]
+        if own and not owner.behaviour.linear:
             raise FeatpatchError(
                 f"similarity='decoder' with {owner.name!r} ({owner.codec.kind}), whose features add no fixed direction: "
                 "expected an SAE with a linear decoder; use another similarity, such as 'effects'"
             )
-        parts = owner.by_output(owner.directions(torch.tensor([owner.number(node)]))[0]).values()
-        profiles.append(torch.stack(list(parts)).sum(0).double().cpu().numpy())
-    widths = {len(profile) for profile in profiles}
+        if own:
+            parts = owner.by_output(owner.directions(torch.tensor([owner.number(node) for node in own])))
+            profiles |= zip(own, torch.stack(list(parts.values())).sum(0).double().cpu().numpy(), strict=True)
+    widths = {len(profile) for profile in profiles.values()}
     if len(widths) > 1:
         raise FeatpatchError(
             f"similarity='decoder' with activations of {', '.join(map(str, sorted(widths)))} dimensions: expected the same "
             "for all features; group the features of each hook point by themselves, or use another similarity"
         )
-    return np.stack(profiles)
+    return np.stack([profiles[node] for node in nodes])
 
 
 def activation_profiles(

@@ -25,7 +25,7 @@ from featpatch.model.stack import rounding, wide
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node, Position
 from featpatch.pairs.pair import Pair, token_index
-from featpatch.sae.dictionary import Dictionary, dictionaries
+from featpatch.sae.dictionary import Dictionary, Split, dictionaries
 from featpatch.tracing.prompt import prompt_of
 from featpatch.untrusted import visible
 
@@ -165,7 +165,8 @@ def qk_attribution(
     read = lens.read(tokens, [stream, pattern, *dictionary.hooks])
     x = wide(read[stream])[0].to(made.device)
     sides = _Sides(made, head, x)
-    parts, vectors = zip(*(_parts(dictionary, read, at, x) for at in ends), strict=True)
+    split = dictionary.split(read)
+    parts, vectors = zip(*(_parts(dictionary, split, at, x) for at in ends), strict=True)
     products = sides.linear("query", ends[0], vectors[0]) @ sides.linear("key", ends[1], vectors[1]).T
     scores = sides.scores(ends[0])
     _check_pattern(lens, made, scores, wide(read[pattern])[0, head, ends[0]].to(scores))
@@ -214,10 +215,9 @@ def _chosen(lens: Lens, saes: Any, layer: int) -> Dictionary:
 
 
 def _parts(
-    dictionary: Dictionary, read: dict[str, torch.Tensor], at: int, x: Float[torch.Tensor, "pos d_model"]
+    dictionary: Dictionary, split: Split, at: int, x: Float[torch.Tensor, "pos d_model"]
 ) -> tuple[tuple[Part, ...], Float[torch.Tensor, "parts d_model"]]:
     """Return the active features, the error and the decoder's bias at a position, and their vectors: summands of the stream."""
-    split = dictionary.split(read)
     features = split.features[0, at]
     active = features.nonzero()[:, 0]
     vectors = wide(dictionary.directions(active)).to(x) * features[active, None].to(x)

@@ -18,7 +18,7 @@ from featpatch.tracing.frozen import FrozenPath, Reading, Skip, Targets, Written
 
 @dataclass(frozen=True)
 class Sources:
-    """What is written to the residual stream on one prompt, and where its features read.
+    """The vectors that are written to the residual stream on one prompt, and the places at which its features read.
 
     Attributes:
         features, errors, tokens: the nodes, each with its position. Features are sorted by layer, position and index.
@@ -75,6 +75,7 @@ class _Builder:
         hooks |= {hook for each in self.found for hook in each.hooks}
         hooks |= {sites.resid_pre(0), *([sites.POSITIONS] if lens.adds_positions else [])}
         self.read = {hook: x.to(lens.device) for hook, x in lens.read(self.tokens, sorted(hooks)).items()}
+        self.splits = {each.name: _plain(each, each.split(self.read)) for each in self.found}
 
     def made(self) -> Sources:
         """Collect all nodes."""
@@ -146,8 +147,7 @@ class _Builder:
 
     def _features(self, each: Dictionary) -> "Iterator[_Part]":
         """Yield the active features of each group of a dictionary."""
-        split = _plain(each, each.split(self.read))
-        active = split.features[0]
+        active = self.splits[each.name].features[0]
         for group in range(each.codec.groups):
             own = slice(group * each.per_group, (group + 1) * each.per_group)
             entries = active[:, own].nonzero() + torch.tensor([0, own.start], device=active.device)
@@ -200,7 +200,7 @@ class _Builder:
         for each in self.found:
             for hook in each.outputs:
                 if sites.layer_of(hook) == layer:
-                    split = _plain(each, each.split(self.read))
+                    split = self.splits[each.name]
                     state = {name: torch.zeros_like(value) for name, value in split.state.items()}
                     bias = each.by_output(each.decode(torch.zeros_like(split.features), state))[hook][0].to(like)
                     error = self._through(hook, each.by_output(split.error)[hook][0].to(like))
@@ -225,8 +225,7 @@ class _Builder:
 
     def _skips(self, each: Dictionary) -> Iterator[Skip]:
         """Yield the skip paths of a dictionary, one for each hook point that it writes."""
-        split = each.split(self.read)
-        if not split.state:
+        if not self.splits[each.name].state:
             return
         like = self.path.streams[0]
         if each.codec.pull_skip(like.new_zeros(1, each.codec.d_out)) is None:

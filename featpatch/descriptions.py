@@ -19,6 +19,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.page.page import block
+from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import PairsWarning, Tokenizer, prompt_ids, special_positions
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.sae.nodes import with_owner
@@ -36,6 +37,8 @@ than 0.3 (two standard errors)."""
 POSITIONS = 300
 """The number of positions below which a warning is given: most words then occur once or twice, so a feature seems to detect
 whichever word it happens to be active on."""
+READ = 256
+"""The largest number of pairs whose prompts are read to describe features, if there are no texts."""
 NAMED = 5
 """The largest number of features that a warning names."""
 
@@ -198,9 +201,16 @@ def descriptions_of(
         raise FeatpatchError(
             "the texts hold only special tokens: expected words, to find what activates the features; give other texts"
         )
-    every = read_features(lens, found, features, [part.tokens for part in text])
-    columns = torch.cat([values[part.usable] for values, part in zip(every, text, strict=True)])
+    columns = read_words(lens, found, features, text)
     return [_describe(tokenizer, text, column, contexts) for column in columns.T]
+
+
+def read_words(
+    lens: Lens, found: Sequence[Dictionary], features: Sequence[Node], text: "Sequence[Document]"
+) -> Float[torch.Tensor, "words features"]:
+    """Return the activations of the features on all tokens of the documents that are not special."""
+    every = read_features(lens, found, features, [part.tokens for part in text])
+    return torch.cat([values[part.usable] for values, part in zip(every, text, strict=True)])
 
 
 def _warn(descriptions: Mapping[Node, Description]) -> None:
@@ -238,10 +248,10 @@ class Document:
         return (torch.arange(len(self.tokens)) < len(self.tokens) - 1)[self.usable]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, ids: tuple[int, ...]) -> "Document":
-        """Return the tokens of a text with a mask of the special ones."""
+    def of(cls, tokenizer: Tokenizer | None, ids: tuple[int, ...]) -> "Document":
+        """Return the tokens of a text with a mask of the special ones; without a tokenizer, none are."""
         usable = torch.ones(len(ids), dtype=torch.bool)
-        usable[list(special_positions(tokenizer, ids))] = False
+        usable[list(() if tokenizer is None else special_positions(tokenizer, ids))] = False
         return cls(torch.tensor(ids), usable)
 
 
@@ -270,6 +280,14 @@ def ids_of(tokenizer: Tokenizer, texts: Sequence[str], context: int | None) -> l
             stacklevel=4,
         )
     return [ids[:context] for ids in every]
+
+
+def documents_of(lens: Lens, source: Sequence[str] | Pairs) -> list[tuple[int, ...]]:
+    """Return the token ids of texts, truncated to the model's context, or of the prompts of pairs, each once."""
+    if not isinstance(source, Pairs):
+        return ids_of(lens.model, source, lens.n_ctx)
+    every = dict.fromkeys(ids for pair in source for ids in (pair.clean, pair.corrupted))
+    return [ids for ids in every if ids]
 
 
 def together(lengths: Sequence[int], *, causal: bool) -> list[list[int]]:

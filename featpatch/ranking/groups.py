@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from featpatch.descriptions import check_texts, descriptions_of, ids_of
+from featpatch.descriptions import READ, check_texts, descriptions_of, documents_of
 from featpatch.effects.selection import measured_effect
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
@@ -48,9 +48,6 @@ LEAST = 0.5
 
 WORDS = 3
 """The largest number of descriptions in the name of a group."""
-
-READ = 256
-"""The largest number of pairs whose prompts are read to name groups and to find features that are active together."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -243,7 +240,7 @@ def group_features(
                 f"labels of {count}, none of which is among the features (the first is {str(next(iter(known)))!r}): expected "
                 "labels of these features; load those of their SAE, or leave labels out"
             )
-        prompts = _prompts(lens, pairs, texts)
+        prompts = documents_of(lens, pairs[:READ] if texts is None else texts)
         keys: Sequence[Any]
         if similarity == "labels":
             keys = [known.get(_bare(node), node) for node in features]
@@ -341,14 +338,6 @@ def _complete(effects: Effects, journal: str | Path | None) -> Effects:
         )
         raise KeyboardInterrupt(f"the effects are not complete; {saved}")
     return effects
-
-
-def _prompts(lens: Lens, pairs: Pairs, texts: Sequence[str] | None) -> list[tuple[int, ...]]:
-    """Return the token ids of the texts or, without texts, of the prompts of the pairs, each once."""
-    if texts is not None:
-        return ids_of(lens.tokenizer, texts, lens.n_ctx)
-    every = [prompt for pair in pairs.pairs[:READ] for prompt in (pair.clean, pair.corrupted)]
-    return [prompt for prompt in dict.fromkeys(every) if prompt]
 
 
 def _bare(node: Node) -> Node:

@@ -14,7 +14,7 @@ import torch
 from featpatch.attribution.calibration import Calibration, calibrate
 from featpatch.circuits.circuit import Circuit
 from featpatch.comparison.compare import compare
-from featpatch.descriptions import check_texts, ids_of, read_features
+from featpatch.descriptions import READ, check_texts, documents_of, read_features
 from featpatch.diagram.viewers import sections
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
@@ -48,9 +48,6 @@ EXAMPLES = 3
 
 AROUND = 12
 """The number of tokens of an example before the strongest activation, and after it."""
-
-READ = 256
-"""The largest number of pairs whose prompts are searched for max-activating examples."""
 
 GROUPS = 12
 """The largest number of groups in a chart."""
@@ -294,9 +291,7 @@ def _cards(
         chosen.append((node, row, int(np.argmax(change))))
     if not chosen:
         return {}
-    documents = [prompt for pair in pairs.pairs[:READ] for prompt in dict.fromkeys((pair.clean, pair.corrupted))]
-    if texts is not None:
-        documents = ids_of(lens.model, texts, lens.n_ctx)
+    documents = documents_of(lens, pairs[:READ] if texts is None else texts)
     shown = [prompt for _, _, index in chosen for prompt in (pairs[index].clean, pairs[index].corrupted)]
     prompts = list(dict.fromkeys([*documents, *shown]))
     read = read_features(lens, found, [node for node, _, _ in chosen], list(map(torch.tensor, prompts)))

@@ -6,12 +6,11 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 
-from featpatch.descriptions import check_texts, ids_of, read_features
+from featpatch.descriptions import Document, check_texts, documents_of, read_words
 from featpatch.errors import FeatpatchError, check_choices, is_finite
 from featpatch.model.lens import Lens
 from featpatch.nodes import Node
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.tokens import special_positions
 from featpatch.sae.dictionary import Dictionary
 
 Unit = Literal["raw", "mean", "max"]
@@ -69,17 +68,10 @@ def _active(
     lens: Lens, found: Sequence[Dictionary], features: Sequence[Node], reference: Sequence[str] | Pairs
 ) -> dict[Node, Float[torch.Tensor, " tokens"]]:
     """Return the activation of each feature on every token of the reference that is not special."""
-    if isinstance(reference, Pairs):
-        prompts = list(dict.fromkeys(ids for pair in reference for ids in (pair.clean, pair.corrupted) if ids))
-    else:
+    if not isinstance(reference, Pairs):
         check_texts(reference)
-        prompts = ids_of(lens.tokenizer, reference, lens.n_ctx)
-    read = read_features(lens, found, features, [torch.tensor(ids) for ids in prompts])
-    kept = []
-    for ids, values in zip(prompts, read, strict=True):
-        special = special_positions(lens.tokenizer, ids) if lens.tokenizer is not None else frozenset()
-        kept.append(values[[position for position in range(len(ids)) if position not in special]])
-    return dict(zip(features, torch.cat(kept).T, strict=True))
+    text = [Document.of(lens.tokenizer, ids) for ids in documents_of(lens, reference)]
+    return dict(zip(features, read_words(lens, found, features, text).T, strict=True))
 
 
 def _short(reference: Any) -> str:

@@ -132,7 +132,9 @@ def test_without_javascript_the_report_says_so(study: dict[str, Any], browser: A
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not scripts})
     try:
         browser.get(path.as_uri())
-        tree = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})
+        end, tree = time.monotonic() + 20, {"nodes": []}
+        while len(tree["nodes"]) < 100 and time.monotonic() < end:  # the tree is built after the page has loaded
+            tree = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
     shown = " ".join(" ".join(str(node.get("name", {}).get("value", "")) for node in tree["nodes"]).split())

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from featpatch.engine.cost import suffix_flops
 from featpatch.engine.patches import BaseRun, Block, Unit
 from featpatch.engine.rows import Changes, Entry, Rows, Span, Trace, entry
-from featpatch.model.layer import Layer, Stack
+from featpatch.model.layer import Layer, Stack, soft_capped
 from featpatch.model.lens import Lens
 
 BaseHeads = Float[torch.Tensor, "prefix kv_heads d_head"]
@@ -63,9 +63,7 @@ def attend(
     if prefix:
         scores[..., :prefix] = (rows.flatten(1, 2) @ base_k.permute(1, 2, 0)).view(kv_heads, patches, -1, prefix)
     scores[..., prefix:] = rows @ k.transpose(-1, -2)
-    scores *= layer.scale
-    if layer.softcap is not None:
-        scores = layer.softcap * torch.tanh(scores / layer.softcap)
+    scores = soft_capped(scores.mul_(layer.scale), layer.softcap)
     hidden = _hidden(layer, queries, prefix + own, scores.device)
     if hidden is not None:
         scores.unflatten(2, (group, queries)).masked_fill_(hidden, -torch.inf)

@@ -262,6 +262,11 @@ class Layer:
         return x if self.rotation is None else self.rotation(x, positions)
 
 
+def soft_capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Return `cap tanh(x / cap)`, or x for None."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
 @dataclass(frozen=True)
 class Head:
     """The map from the final residual stream to logits: final norm, unembedding and soft-cap."""
@@ -276,7 +281,7 @@ class Head:
         weight = self.weight if columns is None else self.weight[:, columns]
         bias = self.bias if columns is None or self.bias is None else self.bias[columns]
         logits = Linear(weight, bias)((x if self.norm is None else self.norm(x)).to(weight.device))
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return soft_capped(logits, self.softcap)
 
 
 @dataclass(frozen=True)

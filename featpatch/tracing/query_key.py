@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_integer
 from featpatch.frame import Frame
-from featpatch.model.layer import Layer, Linear, Norm, UnsupportedError
+from featpatch.model.layer import Layer, Linear, Norm, UnsupportedError, soft_capped
 from featpatch.model.lens import Lens
 from featpatch.model.stack import rounding, wide
 from featpatch.model.transformer_lens import wrap
@@ -294,9 +294,8 @@ def _check_pattern(lens: Lens, layer: Layer, scores: torch.Tensor, pattern: torc
     Raises:
         FeatpatchError: it is not.
     """
-    capped = scores if layer.softcap is None else layer.softcap * torch.tanh(scores / layer.softcap)
     seen = pattern > 0
-    expected = torch.where(seen, capped, -torch.inf).softmax(0)
+    expected = torch.where(seen, soft_capped(scores, layer.softcap), -torch.inf).softmax(0)
     off = float((expected - pattern).abs().max())
     if not off <= 4 * rounding(lens):
         raise FeatpatchError(

@@ -124,18 +124,9 @@ def viewer_json(
         }
         for n, number in enumerate(numbers)
     ]
-    return {
-        "metadata": head_of_file(slug, model, tokens, "".join(tokens), source_set),
-        "qParams": {
-            "pinnedIds": [],
-            "supernodes": supernodes(groups, said.nodes, ids),
-            "linkType": "both",
-            "clickedId": "",
-            "sg_pos": "",
-        },
-        "nodes": nodes,
-        "links": [{"source": source, "target": target, "weight": weight} for (source, target), weight in links.items()],
-    }
+    metadata = head_of_file(slug, model, tokens, "".join(tokens), source_set)
+    weights = [(source, target, weight) for (source, target), weight in links.items()]
+    return graph_file(metadata, nodes, weights, supernodes(groups, said.nodes, ids))
 
 
 def check_slug(slug: Any) -> None:
@@ -159,6 +150,18 @@ def head_of_file(slug: str, scan: str, tokens: Sequence[str], prompt: str, sourc
         "schema_version": 1,
         "info": {"generator": {"name": "featpatch"}},
         **({"feature_details": {"neuronpedia_source_set": source_set}} if source_set else {}),
+    }
+
+
+def graph_file(
+    metadata: dict[str, Any], nodes: list[dict[str, Any]], links: Sequence[tuple[str, str, float]], groups: list[list[str]]
+) -> dict[str, Any]:
+    """Return the content of a graph file: links are source, target and weight; no node is pinned or chosen."""
+    return {
+        "metadata": metadata,
+        "qParams": {"pinnedIds": [], "supernodes": groups, "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "nodes": nodes,
+        "links": [{"source": source, "target": target, "weight": weight} for source, target, weight in links],
     }
 
 

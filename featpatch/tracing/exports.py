@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from featpatch import sites
-from featpatch.diagram.viewers import cantor, check_slug, escaped, head_of_file, supernodes
+from featpatch.diagram.viewers import cantor, check_slug, escaped, graph_file, head_of_file, supernodes
 from featpatch.errors import check_kinds
 from featpatch.nodes import Patch
 from featpatch.tracing.result import AttributionGraph
@@ -31,21 +31,11 @@ def viewer(
         metadata["node_threshold"] = graph.pruning[0]
         metadata["pruning_settings"] = dict(zip(("node_threshold", "edge_threshold"), graph.pruning, strict=True))
     links = [
-        {"source": ids[source], "target": ids[target], "weight": float(graph.adjacency[target, source])}
+        (ids[source], ids[target], float(graph.adjacency[target, source]))
         for target, source in zip(targets, sources, strict=True)
     ]
-    return {
-        "metadata": metadata,
-        "qParams": {
-            "pinnedIds": [],
-            "supernodes": supernodes(groups, [graph.nodes[n] for n in kept], [ids[n] for n in kept]),
-            "linkType": "both",
-            "clickedId": "",
-            "sg_pos": "",
-        },
-        "nodes": [nodes[n] for n in kept],
-        "links": links,
-    }
+    named = supernodes(groups, [graph.nodes[n] for n in kept], [ids[n] for n in kept])
+    return graph_file(metadata, [nodes[n] for n in kept], links, named)
 
 
 def _node(graph: AttributionGraph, number: int) -> dict[str, Any]:

@@ -156,9 +156,9 @@ def test_text_is_gathered_once(tmp_path: Path) -> None:
     text.gather(file, 600, sources)
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(each["kind"], each["text"].split("\n\n")) for each in found] == [("plain", first), ("packed", second)]
-    assert text.amounts(file) == {"plain": len("\n\n".join(first)), "packed": len("\n\n".join(second))}
-    assert text.documents(file, held_out=True) == ["\n\n".join(first)]
-    assert text.documents(file, held_out=False) == ["\n\n".join(second)]
+    assert text.amounts([file]) == {"plain": len("\n\n".join(first)), "packed": len("\n\n".join(second))}
+    assert text.documents([file], held_out=True) == ["\n\n".join(first)]
+    assert text.documents([file], held_out=False) == ["\n\n".join(second)]
     before = file.read_bytes()
     text.gather(file, 10**9, sources)
     assert file.read_bytes() == before
@@ -197,8 +197,8 @@ def test_rows_begin_with_bos(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_settings_need_another_folder(tmp_path: Path) -> None:
-    settings = train.Settings(("blocks.1.hook_resid_post",), 1000, 8, 2, 1)
+    settings = train.Settings((1,), (), 1000, 8, 2, 1)
     train.check_settings(tmp_path, settings)
     train.check_settings(tmp_path, settings)
     with pytest.raises(fp.FeatpatchError, match=r"was begun with \{'k': 2\}: expected the same settings.*--work"):
-        train.check_settings(tmp_path, train.Settings(settings.hooks, 1000, 8, 3, 1))
+        train.check_settings(tmp_path, train.Settings((1,), (), 1000, 8, 3, 1))

@@ -197,8 +197,8 @@ def test_rows_begin_with_bos(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_settings_need_another_folder(tmp_path: Path) -> None:
-    settings = train.Settings((1,), (), 1000, 8, 2, 1)
+    settings = train.Settings((1,), (), 1000, 1, 8, 2, 1)
     train.check_settings(tmp_path, settings)
     train.check_settings(tmp_path, settings)
     with pytest.raises(fp.FeatpatchError, match=r"was begun with \{'k': 2\}: expected the same settings.*--work"):
-        train.check_settings(tmp_path, train.Settings((1,), (), 1000, 8, 3, 1))
+        train.check_settings(tmp_path, train.Settings((1,), (), 1000, 1, 8, 3, 1))

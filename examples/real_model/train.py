@@ -1,7 +1,6 @@
 """Train BatchTopK SAEs and transcoders on SmolLM2: `python -m examples.real_model.train`, after the model is prepared.
 
-Half of the text is found on this machine (see `text.py`), and half is written by the model (see `written.py`). Activations are
-read once and kept. A step whose output exists is skipped, so an interrupted run continues; with other settings, give another
+Text is found on this machine (see `text.py`) and written by the model (see `written.py`). Activations are read once and kept. A step whose output exists is skipped, so an interrupted run continues; with other settings, give another
 folder with --work. The card has what was measured on held-out documents. One million tokens take 1.2 GB on disk for each hook
 point.
 """
@@ -32,7 +31,7 @@ from .capitals import load
 from .prepare import LABEL, MODEL
 
 WORK = Path("build/real_model/saes")
-LAYERS = "10,20,24"
+LAYERS, TRANSCODERS = "10,20,24", "10,20"
 CHARACTERS = 6
 """Characters of text that are gathered for each token that is read; a token has about 4."""
 ENCODED = 1024
@@ -49,6 +48,7 @@ class Settings:
         layers: the layers after which SAEs read and write the residual stream.
         transcoders: the layers whose MLPs get a transcoder.
         tokens: the number of tokens whose activations are read.
+        written: the number of files of text that the model writes, about 12,000 tokens each; the rest is text of the machine.
         width, k: the number of features, and of those that are active on a token on average.
         passes: how often training sees each activation.
         batch: the number of activations in one step of training.
@@ -59,6 +59,7 @@ class Settings:
     layers: tuple[int, ...]
     transcoders: tuple[int, ...]
     tokens: int
+    written: int
     width: int
     k: int
     passes: int
@@ -213,8 +214,9 @@ def run(model_folder: Path, work: Path, settings: Settings, held_out: int) -> Pa
     model = load(model_folder)
     check_settings(work, settings)
     found = work / "text.jsonl"
-    text.gather(found, CHARACTERS * settings.tokens // 2)
-    by_model = written.write(model_folder, work / "written", -(-settings.tokens // (2 * written.BATCH * written.LENGTH)))
+    from_machine = settings.tokens - settings.written * written.BATCH * written.LENGTH
+    text.gather(found, CHARACTERS * max(from_machine, settings.tokens // 10))
+    by_model = written.write(model_folder, work / "written", settings.written)
     rows = rows_of(model, text.documents([found, *by_model], held_out=False), settings.tokens)
     cache(model, rows, list(dict.fromkeys(hook for both in settings.hooks for hook in both)), work / "activations")
     for reads, writes in settings.hooks:
@@ -251,7 +253,7 @@ def main(
     transcoders: Annotated[str, typer.Option(help="Layers whose MLPs get a transcoder, separated by commas.")] = LAYERS,
     width: Annotated[int, typer.Option(min=1, help="Number of features of each dictionary.")] = 2048,
     k: Annotated[int, typer.Option(min=1, help="Number of features that are active on a token on average.")] = 32,
-    passes: Annotated[int, typer.Option(min=1, help="How often training sees each activation.")] = 2,
+    passes: Annotated[int, typer.Option(min=1, help="How often training sees each activation.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Number of activations in one step of training.")] = 512,
     held_out: Annotated[int, typer.Option(min=100, help="Number of held-out tokens of each kind to measure on.")] = 10_000,
     threads: Annotated[int, typer.Option(min=1, help="Number of threads of PyTorch.")] = 1,
@@ -259,7 +261,7 @@ def main(
     """Gather text, read activations, train SAEs and transcoders, measure them and write their card."""
     torch.set_num_threads(threads)
     with clear_errors():
-        settings = Settings(layers_of(layers), layers_of(transcoders), tokens, width, k, passes, batch)
+        settings = Settings(layers_of(layers), layers_of(transcoders), tokens, written, width, k, passes, batch)
         print(f"wrote {run(model, work, settings, held_out)}")
 
 

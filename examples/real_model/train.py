@@ -27,8 +27,7 @@ from featpatch.errors import FeatpatchError
 
 from . import text, written
 from .activations import LENGTH, cache, cached, rows_of
-from .capitals import load
-from .prepare import LABEL, MODEL
+from .prepare import LABEL, MODEL, load
 
 WORK = Path("build/real_model/saes")
 LAYERS, TRANSCODERS = "10,20,24", "10,20"
@@ -253,7 +252,7 @@ def main(
     transcoders: Annotated[str, typer.Option(help="Layers whose MLPs get a transcoder, separated by commas.")] = LAYERS,
     width: Annotated[int, typer.Option(min=1, help="Number of features of each dictionary.")] = 2048,
     k: Annotated[int, typer.Option(min=1, help="Number of features that are active on a token on average.")] = 32,
-    passes: Annotated[int, typer.Option(min=1, help="How often training sees each activation.")] = 3,
+    passes: Annotated[int, typer.Option(min=1, help="How often training sees each activation.")] = 2,
     batch: Annotated[int, typer.Option(min=1, help="Number of activations in one step of training.")] = 512,
     held_out: Annotated[int, typer.Option(min=100, help="Number of held-out tokens of each kind to measure on.")] = 10_000,
     threads: Annotated[int, typer.Option(min=1, help="Number of threads of PyTorch.")] = 1,

@@ -246,10 +246,9 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder of the prepared model.")] = MODEL,
     work: Annotated[Path, typer.Option(help="Folder for text, activations, dictionaries and their card.")] = WORK,
     tokens: Annotated[int, typer.Option(min=1000, help="Number of tokens to train on.")] = 1_000_000,
-    layers: Annotated[
-        str, typer.Option(help="Layers after which SAEs read the residual stream, separated by commas.")
-    ] = LAYERS,
-    transcoders: Annotated[str, typer.Option(help="Layers whose MLPs get a transcoder, separated by commas.")] = LAYERS,
+    files: Annotated[int, typer.Option("--written", min=1, help="Number of files of 64 documents that the model writes.")] = 20,
+    layers: Annotated[str, typer.Option(help="Layers after which SAEs read the residual stream.")] = LAYERS,
+    transcoders: Annotated[str, typer.Option(help="Layers whose MLPs get a transcoder.")] = TRANSCODERS,
     width: Annotated[int, typer.Option(min=1, help="Number of features of each dictionary.")] = 2048,
     k: Annotated[int, typer.Option(min=1, help="Number of features that are active on a token on average.")] = 32,
     passes: Annotated[int, typer.Option(min=1, help="How often training sees each activation.")] = 2,
@@ -260,7 +259,7 @@ def main(
     """Gather text, read activations, train SAEs and transcoders, measure them and write their card."""
     torch.set_num_threads(threads)
     with clear_errors():
-        settings = Settings(layers_of(layers), layers_of(transcoders), tokens, written, width, k, passes, batch)
+        settings = Settings(layers_of(layers), layers_of(transcoders), tokens, files, width, k, passes, batch)
         print(f"wrote {run(model, work, settings, held_out)}")
 
 

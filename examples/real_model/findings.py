@@ -8,7 +8,6 @@ exact.
 """
 
 import json
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,13 +104,11 @@ def heads(model: Any, task: Task) -> str:
 
 def sites(effects: fp.Effects) -> str:
     """Return the recovery of the activation, of all features and of the error term, by hook point and position."""
-    rows = []
-    for sae, position in dict.fromkeys((node.sae, node.position) for node in effects.nodes):
-        here = effects.where(sae=sae, position=position)
-        parts = [here.where(kind=kind) for kind in ("whole", "all_features", "error")]
-        cells = [with_interval(part, "recovery") if len(part.nodes) else "0" for part in parts]
-        rows.append([sae, position, len(here.where(kind="feature").nodes), *cells])
-    return table(["hook point", "position", "features that differ", "activation", "all features", "error term"], rows)
+    columns = ["sae", "position", "changed_features", "recovery_activation", "recovery_features", "recovery_error"]
+    rows = [
+        [cell if isinstance(cell, str | int) else f"{cell:.2f}" for cell in row] for row in effects.sites()[columns].to_numpy()
+    ]
+    return table(["SAE", "position", "features that differ", "activation", "all features", "error term"], rows)
 
 
 def features(model: Any, saes: Sequence[Any], effects: fp.Effects) -> str:
@@ -157,14 +154,8 @@ def groups(model: Any, saes: Sequence[Any], task: Task, effects: fp.Effects) -> 
 
 
 def circuit(model: Any, task: Task) -> str:
-    """Return a sentence about a circuit of edges, found by estimates on some of the pairs."""
-    start = time.perf_counter()
-    found = fp.find_circuit(model, task.pairs, over="edges", scores="eap_ig_inputs", steps=5, size=EDGES, progress=False)
-    low, high = found.faithfulness_interval
-    return (
-        f"A circuit of {len(found)} edges of {found.candidates:,} (scores by EAP-IG, estimates) has a faithfulness of "
-        f"{found.faithfulness:.2f} [{low:.2f}, {high:.2f}] (exact); found in {time.perf_counter() - start:.0f} s."
-    )
+    """Return a sentence about a circuit of edges; its scores are estimates, and its faithfulness is exact."""
+    return repr(fp.find_circuit(model, task.pairs, over="edges", scores="eap_ig_inputs", size=EDGES, progress=False))
 
 
 def steering(model: Any, saes: Sequence[Any], task: Task, effects: fp.Effects) -> str:

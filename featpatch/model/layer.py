@@ -29,6 +29,30 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Activation functions by the names that TransformerLens and Hugging Face use."""
 
 
+REDUCED = {"high": 2**-10, "medium": 2**-7}
+"""The precision to which PyTorch may round float32 in matrix products (TF32, bfloat16), by its `float32_matmul_precision`."""
+
+
+def product_rounding(dtype: torch.dtype, units: int) -> float:
+    """Return the accepted deviation of matrix products from each other by rounding, as a share of the largest value.
+
+    PyTorch can be set to round float32 to TF32 or bfloat16 in matrix products, see `torch.set_float32_matmul_precision`. Rows
+    that are multiplied together then differ from rows that are multiplied one by one as if the model had fewer bits.
+
+    Args:
+        dtype: the dtype of the numbers that are multiplied.
+        units: the deviation in units of the dtype's precision; at most 8 if it has as few bits as TF32.
+    """
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float32:
+        try:
+            precision = torch.get_float32_matmul_precision()
+        except RuntimeError:  # set for one backend alone, which PyTorch refuses to describe by one word
+            precision = "high"
+        eps = max(eps, REDUCED.get(precision, 0.0))
+    return float(eps * (min(units, 8) if eps > 1e-4 else units))
+
+
 class UnsupportedError(Exception):
     """Error for a model whose layers do not have the form above; such a model runs through its own forward pass instead."""
 

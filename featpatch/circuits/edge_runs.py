@@ -9,12 +9,14 @@ from math import prod
 import torch
 
 from featpatch import sites
-from featpatch.circuits.attribution import EMBEDDING, INSIDE, sender_hooks
+from featpatch.circuits.attribution import EMBEDDING
+from featpatch.circuits.edge_gradients import sender_hooks
 from featpatch.circuits.edge_layout import EdgeLayout
 from featpatch.circuits.mediators import Place
 from featpatch.model.backward import LIVE, Rules, under
 from featpatch.model.layer import Norm
-from featpatch.model.stack import AttentionOutput, Projections, attention_outputs, projections_of
+from featpatch.model.projections import INSIDE, Projections, projections_of
+from featpatch.model.stack import AttentionOutput, attention_outputs
 from featpatch.nodes import LOGITS, Node
 from featpatch.sae.dictionary import Dictionary
 
@@ -115,7 +117,8 @@ class EdgeRuns(EdgeLayout):
     @cached_property
     def _projections(self) -> list[Projections] | None:
         """The projections of each layer's attention by head; None if they can't be read and heads run through the model."""
-        return projections_of(self.lens, self._sample())
+        longest = max(len(run) for run in self.runs)
+        return projections_of(self.lens, self._sample(), longest)
 
     @cached_property
     def _outputs(self) -> list[AttentionOutput | None]:

@@ -20,7 +20,8 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.layer import Norm
 from featpatch.model.lens import Lens
-from featpatch.model.stack import Projections, projections_of, wide
+from featpatch.model.projections import Projections, projections_of
+from featpatch.model.stack import wide
 
 Stream = Float[torch.Tensor, "pos d_model"]
 Gradient = Float[torch.Tensor, "targets pos d_model"]
@@ -190,7 +191,7 @@ class FrozenPath:
                 f"the model computes in {lens.dtype}: expected float32 or float64, in which the inputs of a node sum to its "
                 "value; load it with fp.load(..., dtype='float32')"
             )
-        made = projections_of(lens, tokens)
+        made = projections_of(lens, tokens, tokens.shape[1])
         if made is None:
             raise FeatpatchError(
                 f"the layers of {lens.name!r} ({lens.kind}) do not have the standard form, or their weights can't be read: "

@@ -139,17 +139,22 @@ def pulled(function: Callable[..., torch.Tensor], at: Iterable[torch.Tensor], gr
 
 
 @torch.no_grad()
-def projections_of(lens: Lens, tokens: Int[torch.Tensor, "prompts pos"], longest: int) -> list[Projections] | None:
+def projections_of(
+    lens: Lens, tokens: Int[torch.Tensor, "prompts pos"], compared: int | None = None
+) -> list[Projections] | None:
     """Return the projections of all layers; None if the model has no such form, or they do not give its activations.
 
     Args:
         tokens: prompts on which the projections, attention and MLPs are compared with the model.
-        longest: the number of tokens of the longest prompt.
+        compared: the number of first tokens that are compared; by default, and if attention has a window, all of them.
     """
+    length = tokens.shape[1]
     try:
-        layers = lens.stack(tokens.shape[1], longest).layers
+        layers = lens.stack(min(length, compared or length), length).layers
     except UnsupportedError:
         return None
+    if not any(layer.window for layer in layers):
+        tokens = tokens[:, :compared]
     names = ["resid_pre", *INSIDE, "z", "attn_out", *(() if lens.attention_only else ("mlp_out",))]
     hooks = [[sites.component(layer, name) for name in names] for layer in range(len(layers))]
     read = lens.read(tokens, [hook for of_layer in hooks for hook in of_layer])

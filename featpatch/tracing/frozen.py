@@ -191,7 +191,7 @@ class FrozenPath:
                 f"the model computes in {lens.dtype}: expected float32 or float64, in which the inputs of a node sum to its "
                 "value; load it with fp.load(..., dtype='float32')"
             )
-        made = projections_of(lens, tokens, tokens.shape[1])
+        made = projections_of(lens, tokens)
         if made is None:
             raise FeatpatchError(
                 f"the layers of {lens.name!r} ({lens.kind}) do not have the standard form, or their weights can't be read: "

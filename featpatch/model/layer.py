@@ -8,14 +8,15 @@ A row is one position of one prompt, `[rows, d_model]`. The weights are the mode
 their layout allows it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 Rows = Float[torch.Tensor, "rows d"]
+Hidden = Float[torch.Tensor, "rows d_mlp"]
 Heads = Float[torch.Tensor, "rows heads d_head"]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -180,12 +181,19 @@ class Mlp:
     scaled: bool = False
     halved: bool = False
 
-    def __call__(self, x: Rows) -> Rows:
-        """Apply the MLP to rows."""
-        if self.gate is None:
-            return self.out(hidden(self.activation, self.into(x), scaled=self.scaled))
-        inner = hidden(self.activation, self.gate(x), x @ self.into.weight, scaled=self.scaled, halved=self.halved)
-        return self.out(inner if self.into.bias is None else inner + self.into.bias)
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The maps to the input of the activation function and, in a gated MLP, to the other factor."""
+        return (self.into,) if self.gate is None else (self.gate, Linear(self.into.weight, None))
+
+    def hidden(self, inner: Sequence[Hidden]) -> Hidden:
+        """Return the hidden layer from what the maps `inputs` return."""
+        found = hidden(self.activation, *inner, scaled=self.scaled, halved=self.halved)
+        return found if self.gate is None or self.into.bias is None else found + self.into.bias
+
+    def written(self, inner: Sequence[Hidden]) -> Rows:
+        """Return the output from what the maps `inputs` return."""
+        return self.out(self.hidden(inner))
 
 
 @dataclass(frozen=True)
@@ -260,11 +268,11 @@ class Layer:
 
     def queries(self, y: Rows, positions: Int[torch.Tensor, " rows"]) -> Heads:
         """Return the queries of each head, normed and rotated."""
-        return self._placed(self._split(self.query(y)), self.query_norm, positions)
+        return self.placed(self._split(self.query(y)), self.query_norm, positions)
 
     def keys_values(self, y: Rows, positions: Int[torch.Tensor, " rows"]) -> tuple[Heads, Heads]:
         """Return the keys of each head, normed and rotated, and the values."""
-        return self._placed(self._split(self.key(y)), self.key_norm, positions), self._split(self.value(y))
+        return self.placed(self._split(self.key(y)), self.key_norm, positions), self._split(self.value(y))
 
     def attention_output(self, z: Float[torch.Tensor, "rows width"]) -> Rows:
         """Return what attention adds to the residual stream; z holds the heads side by side."""
@@ -273,17 +281,36 @@ class Layer:
 
     def mlp_output(self, x: Rows) -> Rows:
         """Return what the MLP adds to the residual stream that it reads."""
-        if self.mlp is None:
-            return torch.zeros_like(x)
-        out = self.mlp(x if self.norm2 is None else self.norm2(x))
+        return torch.zeros_like(x) if self.mlp is None else self.mlp_written(self.mlp_inner(x))
+
+    def mlp_inner(self, x: Rows) -> list[Hidden]:
+        """Return the inputs of the MLP's activation function and other factor, see `Mlp.inputs`; none if there is no MLP."""
+        y = x if self.norm2 is None else self.norm2(x)
+        return [] if self.mlp is None else [linear(y) for linear in self.mlp.inputs]
+
+    def mlp_written(self, inner: Sequence[Hidden]) -> Rows:
+        """Return what the MLP adds to the residual stream from the inputs of its hidden layer."""
+        assert self.mlp is not None
+        out = self.mlp.written(inner)
         return out if self.post2 is None else self.post2(out)
+
+    def placed(self, x: Heads, norm: Norm | None, positions: Int[torch.Tensor, " rows"]) -> Heads:
+        """Return queries or keys as projected, normed and rotated by the positions of their rows."""
+        x = x if norm is None else norm(x)
+        return x if self.rotation is None else self.rotation(x, positions)
+
+    def unseen(self, queries: int, keys: int) -> Bool[torch.Tensor, "queries keys"] | None:
+        """Return which keys are hidden from the last queries; None if all are seen.
+
+        Later keys are hidden, and so are keys beyond the attention window.
+        """
+        if queries == 1 and (self.window is None or keys <= self.window):
+            return None
+        back = torch.arange(keys - queries, keys, device=self.device)[:, None] - torch.arange(keys, device=self.device)
+        return back < 0 if self.window is None else (back < 0) | (back >= self.window)
 
     def _split(self, flat: Rows) -> Heads:
         return flat.unflatten(-1, (-1, self.d_head))
-
-    def _placed(self, x: Heads, norm: Norm | None, positions: torch.Tensor) -> Heads:
-        x = x if norm is None else norm(x)
-        return x if self.rotation is None else self.rotation(x, positions)
 
 
 def soft_capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:

@@ -321,7 +321,6 @@ class Lens(Model, ABC):
         *,
         reads: Sequence[str] = (),
         stopped: Sequence[str] = (),
-        head: Callable[[Float[torch.Tensor, "batch d_model"]], Float[torch.Tensor, "batch d_vocab"]] | None = None,
     ) -> Differentiated:
         """Apply `measure` to the logits at each prompt's answer, and compute its gradients at some hook points.
 
@@ -333,8 +332,6 @@ class Lens(Model, ABC):
             measure: a differentiable function from logits to one value per prompt.
             reads: hook points whose activations are returned too.
             stopped: hook points whose activations pass no gradient on.
-            head: the map from the final residual stream to logits; by default the model's own, which may be slow because
-                TransformerLens copies the unembedding in each pass.
 
         Raises:
             FeatpatchError: a hook did not fire, or the measure has no gradient.
@@ -366,12 +363,8 @@ class Lens(Model, ABC):
                 stack.enter_context(self.edit(name, torch.Tensor.detach))
             for name in carried:
                 stack.enter_context(self.edit(self.carrier(name), leaf(name)))
-            if head is None:
-                with answering(self.model.unembed, answers):
-                    values = measure(self.run(tokens)[:, 0])
-            else:
-                final = self._final(tokens)
-                values = measure(head(final[torch.arange(len(answers)), answers.to(final.device)]))
+            with answering(self.model.unembed, answers):
+                values = measure(self.run(tokens)[:, 0])
             total = values.sum()
         _check_read(reads, activations)
         if set(leaves) != set(hooks) or not (values.requires_grad or stopped):
@@ -386,10 +379,11 @@ class Lens(Model, ABC):
         gradients = {name: torch.zeros_like(x, requires_grad=False) if g is None else g for (name, x), g in kept}
         return Differentiated(values.detach(), gradients, activations)
 
-    def _final(self, tokens: Int[torch.Tensor, "rows pos"]) -> Float[torch.Tensor, "rows pos d_model"]:
-        """Return the final residual stream, with its gradient and after all edits, without a pass through the unembedding."""
-        with self._ending_at(sites.resid_post(self.n_layers - 1)) as found:
-            self.run(tokens)
+    @torch.no_grad()
+    def embedded(self, tokens: Int[torch.Tensor, "rows pos"]) -> Float[torch.Tensor, "rows pos d_model"]:
+        """Return the residual stream that enters the first layer, without running the layers."""
+        with self._ending_at(sites.resid_pre(0)) as found:
+            self.run(tokens.to(self.device))
         return found[0]
 
     @contextmanager

@@ -61,6 +61,11 @@ class Task:
         return cls(name, pairs.drop(pairs.check(model), "fail"), len(pairs), POSITIONS[name])
 
 
+def saes(folder: Path = SAES) -> list[Any]:
+    """Return the SAEs of the residual stream in a folder."""
+    return [fp.load_sae(each) for each in sorted(folder.glob("*.hook_resid_post"))]
+
+
 def texts() -> list[str]:
     """Return the texts in which features are described."""
     return [json.loads(line)["text"] for line in TEXTS.read_text(encoding="utf-8").splitlines()]
@@ -111,10 +116,10 @@ def sites(effects: fp.Effects) -> str:
     return table(["SAE", "position", "features that differ", "activation", "all features", "error term"], rows)
 
 
-def features(model: Any, saes: Sequence[Any], effects: fp.Effects) -> str:
+def features(model: Any, dictionaries: Sequence[Any], effects: fp.Effects) -> str:
     """Return the first features: where they are, both effects, the quadrant, and the text on which they are most active."""
     top = effects.top(FEATURES, kind="feature")
-    described = fp.max_activating(model, saes, top.nodes, texts())
+    described = fp.max_activating(model, dictionaries, top.nodes, texts())
     rows = []
     for row, (node, quadrant) in enumerate(zip(top.nodes, top.quadrants(), strict=True)):
         best = described[node].best.replace("|", "/") if node in described else ""
@@ -131,10 +136,10 @@ def features(model: Any, saes: Sequence[Any], effects: fp.Effects) -> str:
     return table(["feature", "position", "recovery", "degradation", "quadrant", "most active on"], rows)
 
 
-def counts(model: Any, saes: Sequence[Any], task: Task) -> str:
+def counts(model: Any, dictionaries: Sequence[Any], task: Task) -> str:
     """Return how many features, in the order of their effects, recover the share `SHARE` of what all features do."""
     curve = fp.top_k_curve(
-        model, saes, task.pairs, most=256, positions=task.positions, directions=["denoising"], progress=False
+        model, dictionaries, task.pairs, most=256, positions=task.positions, directions=["denoising"], progress=False
     ).table()
     rows = []
     for (sae, position), group in curve.groupby(["sae", "position"], sort=False):
@@ -143,10 +148,16 @@ def counts(model: Any, saes: Sequence[Any], task: Task) -> str:
     return table(["hook point", "position", f"features for {SHARE:.0%} of all features"], rows)
 
 
-def groups(model: Any, saes: Sequence[Any], task: Task, effects: fp.Effects) -> str:
+def groups(model: Any, dictionaries: Sequence[Any], task: Task, effects: fp.Effects) -> str:
     """Return the joint effects of groups of features that are active together."""
     found = fp.group_features(
-        model, saes, task.pairs, effects.top(60, kind="feature"), similarity="coactivation", texts=texts(), progress=False
+        model,
+        dictionaries,
+        task.pairs,
+        effects.top(60, kind="feature"),
+        similarity="coactivation",
+        texts=texts(),
+        progress=False,
     ).to_pandas()
     found = found.reindex(found["recovery"].abs().sort_values(ascending=False).index).head(5)
     columns = [name for name in ("group", "members", "recovery", "recovery_sum", "recovery_interaction") if name in found]
@@ -158,7 +169,7 @@ def circuit(model: Any, task: Task) -> str:
     return repr(fp.find_circuit(model, task.pairs, over="edges", scores="eap_ig_inputs", size=EDGES, progress=False))
 
 
-def steering(model: Any, saes: Sequence[Any], task: Task, effects: fp.Effects) -> str:
+def steering(model: Any, dictionaries: Sequence[Any], task: Task, effects: fp.Effects) -> str:
     """Return what adding multiples of the first feature's mean activation does to the metric, and what it costs."""
     first = effects.top(1, kind="feature").nodes
     doses = fp.dose_response(
@@ -166,7 +177,7 @@ def steering(model: Any, saes: Sequence[Any], task: Task, effects: fp.Effects) -
         task.pairs,
         first,
         DOSES,
-        saes=saes,
+        saes=dictionaries,
         unit="mean",
         reference=task.pairs,
         positions=[first[0].position],
@@ -187,17 +198,17 @@ def main(
     torch.set_num_threads(1)
     with clear_errors():
         model = load(folder)
-        saes = [fp.load_sae(each) for each in sorted(saes_folder.glob("*.hook_resid_post"))]
+        found = saes(saes_folder)
         print(f"# {LABEL}")
         for name in [only] if only else TASKS:
             task = Task.of(model, name)
             print(f"\n## {name}\n\nThe model masters {len(task.pairs)} of {task.made} pairs.\n", flush=True)
             print(where(model, task), flush=True)
             print(f"\n{heads(model, task)}", flush=True)
-            effects = fp.rank_features(model, saes, task.pairs, positions=task.positions, progress=False)
-            print(f"\n{sites(effects)}\n\n{features(model, saes, effects)}", flush=True)
-            print(f"\n{counts(model, saes, task)}\n\n{groups(model, saes, task, effects)}", flush=True)
-            print(f"\n{circuit(model, task)}\n\n{steering(model, saes, task, effects)}", flush=True)
+            effects = fp.rank_features(model, found, task.pairs, positions=task.positions, progress=False)
+            print(f"\n{sites(effects)}\n\n{features(model, found, effects)}", flush=True)
+            print(f"\n{counts(model, found, task)}\n\n{groups(model, found, task, effects)}", flush=True)
+            print(f"\n{circuit(model, task)}\n\n{steering(model, found, task, effects)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python benchmarks/sweep.py                                    # the README's table, each of `RUNS` in a separate process
     python benchmarks/sweep.py --shape gpt2-small --tokens 20     # one of the runs
+    python benchmarks/sweep.py --model real                       # SmolLM2-135M-Instruct instead, see `real_sweep.py`
 
 The prompts of a pair differ in one token. Every feature that differs is patched at every position (with --every, at some of
 them), in both directions. Times are CPU times of one thread (wall times on a GPU). The loops are timed on patches drawn at
@@ -22,107 +23,28 @@ import json
 import random
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from alone import alone
 from bound import bound
+from loops import Products, hook_loop, matrix_rate, saelens_loop, timed
 from memory import peak_of
-from sae_lens.saes.sae import SAE
+from real_sweep import real
 from shapes import SHAPES, Shape, dictionary, models
 
 import featpatch as fp
 
-CORRECT, WRONG = 1, 2
+ANSWERS = 1, 2
+"""The right and the wrong answer of every pair."""
 RUNS = (
     "--shape gpt2-small --tokens 20",
     "--shape demo --tokens 20 --pairs 32",
     "--shape gpt2-small --tokens 256 --change 240 --repeats 2 --loop 2",
     "--shape gpt2-small --tokens 256 --change 77 --every 32 --repeats 1 --loop 2",
 )
-
-
-def clock(device: str) -> float:
-    """Return the current time in seconds: the CPU time of this process, or the wall time after the GPU has finished."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Return the seconds that a call takes, and its result."""
-    start = clock(device)
-    result = run()
-    return clock(device) - start, result
-
-
-def read(logits: torch.Tensor) -> torch.Tensor:
-    """Return the metric at the last token."""
-    return logits[:, -1, CORRECT] - logits[:, -1, WRONG]
-
-
-@torch.no_grad()
-def saelens_loop(model: Any, sae: SAE, tokens: torch.Tensor, patches: list[tuple[int, int, float]]) -> list[float]:
-    """Run loop (a): one forward pass with the SAE and its error term attached for each (feature, position, value)."""
-    found = []
-    sae.use_error_term = True
-    for feature, position, value in patches:
-
-        def put(acts: torch.Tensor, hook: Any, at: tuple[int, int] = (position, feature), value: float = value) -> torch.Tensor:
-            acts[0, at[0], at[1]] = value
-            return acts
-
-        hook = f"{sae.cfg.metadata.hook_name}.hook_sae_acts_post"
-        logits = model.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=[(hook, put)])
-        found.append(float(read(logits)))
-    sae.use_error_term = False
-    return found
-
-
-@torch.no_grad()
-def hook_loop(model: Any, hook: str, tokens: torch.Tensor, patches: list[tuple[int, torch.Tensor]], batch: int) -> list[float]:
-    """Run loop (b) or (c): one row for each (position, change), with `batch` rows per forward pass."""
-    found: list[float] = []
-    for start in range(0, len(patches), batch):
-        part = patches[start : start + batch]
-
-        def add(activation: torch.Tensor, hook: Any, part: list[tuple[int, torch.Tensor]] = part) -> torch.Tensor:
-            activation = activation.clone()
-            for row, (position, change) in enumerate(part):
-                activation[row, position] += change
-            return activation
-
-        logits = model.run_with_hooks(tokens.expand(len(part), -1), fwd_hooks=[(hook, add)])
-        found += read(logits).tolist()
-    return found
-
-
-def products(shape: Shape, rows: int, patches: int, changed: int) -> float:
-    """Return the floating-point operations of the matrix products that are needed, without those within attention.
-
-    Per layer and row, queries, keys, values and output take 4 d^2 multiply-adds, the MLP 8 d^2. The first layer needs queries,
-    keys and values of the changed rows only; the last layer needs all but keys and values for the answer rows only.
-    """
-    blocks, d = shape.layers - shape.layer, shape.width
-    first = 3 * changed + 9 * rows
-    between = 12 * rows * (blocks - 2)
-    last = 2 * rows + 10 * patches
-    return 2.0 * d * d * (first + between + last)
-
-
-def matrix_rate(width: int, device: str) -> float:
-    """Measure the floating-point operations per second of a matrix product of 1024 rows with the shape of the MLP."""
-    a, w = torch.randn(1024, width, device=device), torch.randn(width, 4 * width, device=device)
-    repeats = 1 + int(5e10 // (2 * 1024 * 4 * width * width))
-    rates = []
-    for _ in range(5):
-        seconds, _ = timed(lambda: [a @ w for _ in range(repeats)], device)
-        rates.append(repeats * 2 * 1024 * 4 * width * width / seconds)
-    return statistics.median(rates)
 
 
 def crosscoder(shape: Shape, hooks: int, device: str) -> fp.dictionaries.Crosscoder:
@@ -179,6 +101,9 @@ def main() -> None:
         table()
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["real"], help="the real model instead of one with random weights")
+    parser.add_argument("--folder", type=Path, help="folder of the real model; by default that of examples/real_model")
+    parser.add_argument("--saes", type=Path, help="folder of the real model's SAEs, one folder per hook point; as above")
     parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--change", type=int, help="position of the token that differs; the middle by default")
@@ -189,6 +114,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.model:
+        real(options.folder, options.saes, options.repeats, options.loop)
+        return
     shape, device, length = SHAPES[options.shape], options.device, options.tokens
     change = length // 2 if options.change is None else options.change
     built, sae = models(shape, max(64, length), device), dictionary(shape, device)
@@ -198,7 +126,7 @@ def main() -> None:
     clean = torch.randint(3, shape.vocab, (options.pairs, length), generator=generator)
     corrupted = clean.clone()
     corrupted[:, change] = (clean[:, change] + 1) % shape.vocab
-    answers = (torch.full((options.pairs,), answer) for answer in (CORRECT, WRONG))
+    answers = (torch.full((options.pairs,), answer) for answer in ANSWERS)
     pairs = fp.Pairs.from_tokens(clean, corrupted, *answers)
     with torch.no_grad():
         at = [hooked.run_with_cache(tokens[:1].to(device), names_filter=hook)[1][hook] for tokens in (clean, corrupted)]
@@ -212,7 +140,8 @@ def main() -> None:
     first_table = effects["HookedTransformer"]
     patches = 2 * len(first_table.row)
     rows = 2 * sum(length - int(first_table.nodes[row].position) for row in first_table.row)
-    needed = products(shape, rows, patches, patches)
+    square = shape.width**2
+    needed = Products(square, 2 * square, square, 8 * square).needed(shape.layers - shape.layer, rows, patches, patches)
     draw = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in (*built, "a", "b", "c")}
     differences: dict[str, float] = dict.fromkeys(("a", "b", "c"), 0.0)
@@ -231,15 +160,19 @@ def main() -> None:
         }
         asked = [(node.index, int(node.position), float(f_clean[node.position, node.index])) for node in few]
         for name, drawn, run in (
-            ("a", few, lambda asked=asked: saelens_loop(hooked, sae, tokens, asked)),
-            ("b", few, lambda few=few, changes=changes: hook_loop(hooked, hook, tokens, [changes[n] for n in few], 1)),
-            ("c", many, lambda many=many, changes=changes: hook_loop(hooked, hook, tokens, [changes[n] for n in many], 32)),
+            ("a", few, lambda asked=asked: saelens_loop(hooked, sae, hook, tokens, ANSWERS, asked)),
+            ("b", few, lambda few=few, changes=changes: hook_loop(hooked, hook, tokens, ANSWERS, [changes[n] for n in few], 1)),
+            (
+                "c",
+                many,
+                lambda many=many, changes=changes: hook_loop(hooked, hook, tokens, ANSWERS, [changes[n] for n in many], 32),
+            ),
         ):
             seconds, found = timed(run, device)
             times[name].append(seconds / len(drawn))
             worst = max(abs(values[node] - value) for node, value in zip(drawn, found, strict=True))
             differences[name] = max(differences[name], worst)
-    rate = matrix_rate(shape.width, device)
+    rate = matrix_rate(shape.width, 4 * shape.width, device)
     with torch.no_grad():
         largest = float(hooked(tokens).abs().max())
     median = {name: statistics.median(values) for name, values in times.items()}

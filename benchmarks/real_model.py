@@ -13,7 +13,7 @@ which the model prefers the right answer in both prompts. Effects are recoveries
 prints a Markdown table; intervals are in brackets.
 
     estimates   correlation of AtP, integrated gradients and RelP with exact effects, for components and SAE features at the
-                positions where the prompts differ and at the last word; components in every second layer
+                positions where the prompts differ and at the last word; components in every third layer
     edges       CPR and CMD, as the MIB benchmark defines them, of rankings of the edges of indirect objects: at random, by EAP,
                 by EAP-IG over inputs, and by the latter with exact scores of the edges that it ranks first
     counts      how many features, coordinates of the residual stream and MLP neurons, patched together at all positions, bring
@@ -52,7 +52,7 @@ USED = {"estimates": 8, "edges": 8, "counts": 16, "stability": 16}
 """The default number of pairs of each task that a part uses."""
 ESTIMATORS = {"AtP": "atp", "IG": "ig", "RelP": "relp"}
 COMPONENTS = {"residual stream": "resid_post", "attention heads": "z", "MLPs": "mlp_out"}
-EVERY, STEPS = 2, 5
+EVERY, STEPS = 3, 5
 """Every so-manieth layer whose components are compared, and the steps of integrated gradients."""
 SUBSET, DRAWS = 400, 3
 """The number of edges whose scores are measured exactly, and of random rankings."""

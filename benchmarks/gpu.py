@@ -36,9 +36,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from loops import Products, hook_loop, matrix_rate, read, saelens_loop, timed
 from memory import peak_of
 from shapes import GEMMA2_SHAPES, SHAPES, Gemma2Shape, Shape, bridged, dictionary, gemma2, gpt2, hooked, sae_bridge
-from sweep import CORRECT, WRONG, hook_loop, matrix_rate, products, read, saelens_loop, timed
+from sweep import ANSWERS
 
 import featpatch as fp
 
@@ -168,7 +169,7 @@ class Case:
     def pairs(self) -> fp.Pairs:
         """Return the pair."""
         return fp.Pairs.from_tokens(
-            self.tokens("clean"), self.tokens("corrupted"), torch.tensor([CORRECT]), torch.tensor([WRONG])
+            self.tokens("clean"), self.tokens("corrupted"), *(torch.tensor([answer]) for answer in ANSWERS)
         )
 
     def sweep(self) -> fp.Effects:
@@ -237,9 +238,9 @@ def measure(session: Session, case: Case, seconds: float) -> None:
     its_sae = case.sae if case.dtype == torch.float32 else copy.deepcopy(case.sae).to(dtype=case.dtype)
     asked, of_few, of_many = case.values(few), case.changes(few), case.changes(many)
     loops: dict[str, tuple[int, Callable[[], list[float]]]] = {
-        "a": (len(few), lambda: saelens_loop(case.with_saes, its_sae, tokens, asked)),
-        "b": (len(few), lambda: hook_loop(case.model, case.hook, tokens, of_few, 1)),
-        "c": (len(many), lambda: hook_loop(case.model, case.hook, tokens, of_many, 32)),
+        "a": (len(few), lambda: saelens_loop(case.with_saes, its_sae, tokens, ANSWERS, asked)),
+        "b": (len(few), lambda: hook_loop(case.model, case.hook, tokens, ANSWERS, of_few, 1)),
+        "c": (len(many), lambda: hook_loop(case.model, case.hook, tokens, ANSWERS, of_many, 32)),
     }
     for _, run in loops.values():
         run()  # the first one chooses kernels
@@ -255,7 +256,7 @@ def measure(session: Session, case: Case, seconds: float) -> None:
             times[loop].append(of_loop / count)
     median = {each: statistics.median(values) for each, values in times.items()}
     rows = 2 * sum(LENGTH - int(effects.nodes[row].position) for row in effects.row)
-    limit = products(case.shape, rows, patches, patches) / patches / case.rate
+    limit = Products.of(case.shape).needed(case.shape.layers - case.shape.layer, rows, patches, patches) / patches / case.rate
     faster = [f"{median[loop] / median['featpatch']:.1f} x" for loop in loops]
     ours = median["featpatch"]
     session.row("Cost", name, f"{ours * 1e3:.4f} ms", f"{ours / limit:.2f} x", *faster, f"{peak:.0f} MB")
@@ -265,8 +266,8 @@ def measure(session: Session, case: Case, seconds: float) -> None:
     exact = ["", ""]
     if case.exact is not None:
         changes = case.changes(some)
-        by_hooks = hook_loop(case.model, case.hook, tokens, changes, 1)
-        true = hook_loop(case.exact, case.hook, tokens, [(at, change.double()) for at, change in changes], 1)
+        by_hooks = hook_loop(case.model, case.hook, tokens, ANSWERS, changes, 1)
+        true = hook_loop(case.exact, case.hook, tokens, ANSWERS, [(at, change.double()) for at, change in changes], 1)
         exact = [f"{apart(each, true) / largest:.1e}" for each in ([values[node] for node in some], by_hooks)]
     others = [heads(case) / largest, stream(case), own_pass(case, effects) / largest]
     session.row(
@@ -291,7 +292,7 @@ def heads(case: Case) -> float:
             return z
 
         logits = case.model.run_with_hooks(case.tokens("corrupted").to(case.device), fwd_hooks=[(hook, put)])
-        by_hooks += read(logits).tolist()
+        by_hooks += read(logits, ANSWERS).tolist()
     return apart([*values.values()], by_hooks)
 
 
@@ -364,7 +365,7 @@ def run_shape(session: Session, name: str, shape: Shape, seconds: float) -> None
     for precision, (dtype, rounded) in PRECISIONS.items():
         models = session.attempt(f"{name}: the model in {precision}", seconds / 2, partial(classes, source, shape, dtype))
         with tf32(rounded):
-            rate = matrix_rate(shape.width, device, dtype)
+            rate = matrix_rate(shape.width, 4 * shape.width, device, dtype)
             for model_class, (model, with_saes) in (models or {}).items():
                 called = f"{name}, {model_class}, {precision}"
                 case = Case(called, shape, model, with_saes, exact, sae, dtype, rate, device)

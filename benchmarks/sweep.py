@@ -2,6 +2,7 @@
 
     python benchmarks/sweep.py                                    # the README's table, each of `RUNS` in a separate process
     python benchmarks/sweep.py --shape gpt2-small --tokens 20     # one of the runs
+    python benchmarks/sweep.py --model real                       # SmolLM2-135M-Instruct instead, see `real_sweep.py`
 
 The prompts of a pair differ in one token. Every feature that differs is patched at every position (with --every, at some of
 them), in both directions. Times are CPU times of one thread (wall times on a GPU). The loops are timed on patches drawn at
@@ -23,112 +24,28 @@ import json
 import random
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from alone import alone
 from bound import bound
+from loops import Products, hook_loop, matrix_rate, saelens_loop, timed
 from memory import peak_of
-from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from sae_lens.saes.sae import SAE
+from real_sweep import real
 from shapes import SHAPES, Shape, dictionary, models
 
 import featpatch as fp
 
-CORRECT, WRONG = 1, 2
+ANSWERS = 1, 2
+"""The right and the wrong answer of every pair."""
 RUNS = (
     "--shape gpt2-small --tokens 20",
     "--shape demo --tokens 20 --pairs 32",
     "--shape gpt2-small --tokens 256 --change 240 --repeats 2 --loop 2",
     "--shape gpt2-small --tokens 256 --change 77 --every 32 --repeats 1 --loop 2",
 )
-
-
-def clock(device: str) -> float:
-    """Return the current time in seconds: the CPU time of this process, or the wall time after the GPU has finished."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
-
-
-def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Return the seconds that a call takes, and its result."""
-    start = clock(device)
-    result = run()
-    return clock(device) - start, result
-
-
-def read(logits: torch.Tensor) -> torch.Tensor:
-    """Return the metric at the last token."""
-    return logits[:, -1, CORRECT] - logits[:, -1, WRONG]
-
-
-@torch.no_grad()
-def saelens_loop(model: Any, sae: SAE, tokens: torch.Tensor, patches: list[tuple[int, int, float]]) -> list[float]:
-    """Run loop (a): one forward pass with the SAE and its error term attached for each (feature, position, value)."""
-    found = []
-    sae.use_error_term = True
-    for feature, position, value in patches:
-
-        def put(acts: torch.Tensor, hook: Any, at: tuple[int, int] = (position, feature), value: float = value) -> torch.Tensor:
-            acts[0, at[0], at[1]] = value
-            return acts
-
-        bridge = isinstance(model, SAETransformerBridge)
-        hook = model.get_sae_hook_name(sae) if bridge else f"{sae.cfg.metadata.hook_name}.hook_sae_acts_post"
-        logits = model.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=[(hook, put)])
-        found.append(float(read(logits)))
-    sae.use_error_term = False
-    return found
-
-
-@torch.no_grad()
-def hook_loop(model: Any, hook: str, tokens: torch.Tensor, patches: list[tuple[int, torch.Tensor]], batch: int) -> list[float]:
-    """Run loop (b) or (c): one row for each (position, change), with `batch` rows per forward pass."""
-    found: list[float] = []
-    for start in range(0, len(patches), batch):
-        part = patches[start : start + batch]
-
-        def add(activation: torch.Tensor, hook: Any, part: list[tuple[int, torch.Tensor]] = part) -> torch.Tensor:
-            activation = activation.clone()
-            for row, (position, change) in enumerate(part):
-                activation[row, position] += change
-            return activation
-
-        logits = model.run_with_hooks(tokens.expand(len(part), -1), fwd_hooks=[(hook, add)])
-        found += read(logits).tolist()
-    return found
-
-
-def products(shape: Shape, rows: int, patches: int, changed: int) -> float:
-    """Return the floating-point operations of the matrix products that are needed, without those within attention.
-
-    The first layer needs queries, keys and values of the changed rows only; the last layer needs all but keys and values for
-    the answer rows only.
-    """
-    of_queries, of_keys = shape.width * shape.queries, shape.width * shape.keys  # W_O is as large as the queries' matrix
-    first = changed * (of_queries + 2 * of_keys) + rows * (of_queries + shape.mlp)
-    between = rows * (2 * of_queries + 2 * of_keys + shape.mlp) * (shape.layers - shape.layer - 2)
-    last = rows * 2 * of_keys + patches * (2 * of_queries + shape.mlp)
-    return 2.0 * (first + between + last)
-
-
-def matrix_rate(width: int, device: str, dtype: torch.dtype = torch.float32) -> float:
-    """Measure the floating-point operations per second of a matrix product of many rows with the shape of the MLP."""
-    rows, work = (16384, 5e12) if device.startswith("cuda") else (1024, 5e10)
-    a, w = (torch.randn(size, device=device, dtype=dtype) for size in ((rows, width), (width, 4 * width)))
-    product, operations = torch.empty(rows, 4 * width, device=device, dtype=dtype), 2 * rows * 4 * width * width
-    repeats = 1 + int(work // operations)
-
-    def multiply() -> None:
-        for _ in range(repeats):
-            torch.mm(a, w, out=product)
-
-    return statistics.median(repeats * operations / timed(multiply, device)[0] for _ in range(5))
 
 
 def crosscoder(shape: Shape, hooks: int, device: str) -> fp.dictionaries.Crosscoder:
@@ -185,6 +102,9 @@ def main() -> None:
         table()
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["real"], help="the real model instead of one with random weights")
+    parser.add_argument("--folder", type=Path, help="folder of the real model; by default that of examples/real_model")
+    parser.add_argument("--saes", type=Path, help="folder of the real model's SAEs, one folder per hook point; as above")
     parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--change", type=int, help="position of the token that differs; the middle by default")
@@ -195,6 +115,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.model:
+        real(options.folder, options.saes, options.repeats, options.loop)
+        return
     shape, device, length = SHAPES[options.shape], options.device, options.tokens
     change = length // 2 if options.change is None else options.change
     built, sae = models(shape, max(64, length), device), dictionary(shape, device)
@@ -204,7 +127,7 @@ def main() -> None:
     clean = torch.randint(3, shape.vocab, (options.pairs, length), generator=generator)
     corrupted = clean.clone()
     corrupted[:, change] = (clean[:, change] + 1) % shape.vocab
-    answers = (torch.full((options.pairs,), answer) for answer in (CORRECT, WRONG))
+    answers = (torch.full((options.pairs,), answer) for answer in ANSWERS)
     pairs = fp.Pairs.from_tokens(clean, corrupted, *answers)
     with torch.no_grad():
         at = [hooked.run_with_cache(tokens[:1].to(device), names_filter=hook)[1][hook] for tokens in (clean, corrupted)]
@@ -218,7 +141,7 @@ def main() -> None:
     first_table = effects["HookedTransformer"]
     patches = 2 * len(first_table.row)
     rows = 2 * sum(length - int(first_table.nodes[row].position) for row in first_table.row)
-    needed = products(shape, rows, patches, patches)
+    needed = Products.of(shape).needed(shape.layers - shape.layer, rows, patches, patches)
     draw = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in (*built, "a", "b", "c")}
     differences: dict[str, float] = dict.fromkeys(("a", "b", "c"), 0.0)
@@ -237,15 +160,19 @@ def main() -> None:
         }
         asked = [(node.index, int(node.position), float(f_clean[node.position, node.index])) for node in few]
         for name, drawn, run in (
-            ("a", few, lambda asked=asked: saelens_loop(hooked, sae, tokens, asked)),
-            ("b", few, lambda few=few, changes=changes: hook_loop(hooked, hook, tokens, [changes[n] for n in few], 1)),
-            ("c", many, lambda many=many, changes=changes: hook_loop(hooked, hook, tokens, [changes[n] for n in many], 32)),
+            ("a", few, lambda asked=asked: saelens_loop(hooked, sae, tokens, ANSWERS, asked)),
+            ("b", few, lambda few=few, changes=changes: hook_loop(hooked, hook, tokens, ANSWERS, [changes[n] for n in few], 1)),
+            (
+                "c",
+                many,
+                lambda many=many, changes=changes: hook_loop(hooked, hook, tokens, ANSWERS, [changes[n] for n in many], 32),
+            ),
         ):
             seconds, found = timed(run, device)
             times[name].append(seconds / len(drawn))
             worst = max(abs(values[node] - value) for node, value in zip(drawn, found, strict=True))
             differences[name] = max(differences[name], worst)
-    rate = matrix_rate(shape.width, device)
+    rate = matrix_rate(shape.width, 4 * shape.width, device)
     with torch.no_grad():
         largest = float(hooked(tokens).abs().max())
     median = {name: statistics.median(values) for name, values in times.items()}

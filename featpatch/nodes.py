@@ -4,6 +4,7 @@ A *node* is something at a hook point whose value can be taken from another run.
 swapped together.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -182,9 +183,9 @@ class Patch:
             raise FeatpatchError(f"nodes={self.nodes!r}: expected a tuple of Node, e.g. Patch((node,))")
         if not all(isinstance(node, Node) for node in self.nodes):
             raise FeatpatchError(f"nodes={self.nodes!r}: expected a tuple of Node")
-        repeated = {node for node in self.nodes if self.nodes.count(node) > 1}
+        repeated = [node for node, count in Counter(self.nodes).items() if count > 1]
         if repeated:
-            raise FeatpatchError(f"a patch names {next(iter(repeated))} twice: expected each node once; remove the duplicate")
+            raise FeatpatchError(f"a patch names {repeated[0]} twice: expected each node once; remove the duplicate")
 
 
 def joint(nodes: Sequence[Node], number: int = 0, name: str = "") -> Node:

@@ -132,10 +132,10 @@ def _check_apart(node: Node, site: str, where: list[int], masks: dict[tuple[str,
         FeatpatchError: if a node overlaps others at the same hook point: a whole activation and a part of it, or SAE nodes and
             components.
     """
-    for (other, _), part in masks.items():
+    for part in (part for (other, _), part in masks.items() if other == site):
         mixed = (part.dictionary is None) != (node.kind in COMPONENT_KINDS)
         whole = part.dictionary is None and bool(node.kind == "activation" or part.rest[where].any())
-        if other == site and (mixed or whole) and (part.rest | part.columns.any(1))[where].any():
+        if (mixed or whole) and (part.rest | part.columns.any(1))[where].any():
             raise FeatpatchError(
                 f"node {str(node)!r} overlaps other nodes at {site!r}: expected either the whole activation or parts of it; "
                 "leave one of them out"

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, get_args
 
 import torch
@@ -74,9 +74,9 @@ class JointPart(Part):
         """The dictionaries to which the nodes may belong."""
         return self.dictionaries
 
-    @property
+    @cached_property
     def hooks(self) -> set[str]:
-        """The hook points whose activations the patch needs."""
+        """The hook points whose activations the patch needs, found once, which takes long for thousands of nodes."""
         return {hook for group in self._groups() for hook in group.hooks}
 
     @property

@@ -1,7 +1,6 @@
 """Four measurements on a real language model, SmolLM2-135M-Instruct, with 95 % bootstrap intervals over pairs.
 
     python -m examples.real_model --download      # once: prepares the model
-    python -m examples.real_model.train           # once: trains SAEs at three hook points
     python benchmarks/real_model.py --part estimates
     python benchmarks/real_model.py --part edges
     python benchmarks/real_model.py --part counts
@@ -35,9 +34,9 @@ from numpy.typing import NDArray
 from scipy.stats import pearsonr, rankdata
 
 import featpatch as fp
-from examples.real_model.capitals import load, pairs_of
-from examples.real_model.prepare import LABEL, MODEL
-from examples.real_model.train import HOOKS, WORK
+from examples.real_model.findings import SAES, saes_in
+from examples.real_model.prepare import LABEL, MODEL, load
+from examples.real_model.tasks import capitals
 from featpatch.circuits.curve import SHARES, ranking, sizes_of
 from featpatch.cli.app import clear_errors
 from featpatch.effects.statistics import RESAMPLES, SEED, expanded
@@ -53,7 +52,7 @@ USED = {"estimates": 8, "edges": 8, "counts": 16, "stability": 16}
 ESTIMATORS = {"AtP": "atp", "IG": "ig", "RelP": "relp"}
 COMPONENTS = {"residual stream": "resid_post", "attention heads": "z", "MLPs": "mlp_out"}
 EVERY, STEPS = 3, 5
-"""Every so-manieth layer whose components are compared, and the steps of integrated gradients."""
+"""Components of one layer in this many are compared; the number of steps of integrated gradients."""
 SUBSET, DRAWS = 400, 3
 """The number of edges whose scores are measured exactly, and of random rankings."""
 ENOUGH, SETS, NEURONS = 0.8, 30, 8192
@@ -86,7 +85,7 @@ def shown(value: float, samples: Array, pairs: int) -> str:
 
 def tasks(model: Any, used: int) -> dict[str, fp.Pairs]:
     """Return the pairs of both tasks in which the model prefers the right answer in both prompts; print how many they are."""
-    every = {"capitals": pairs_of(model), "indirect objects": fp.tasks.ioi(model, DRAWN, templates=TEMPLATES[:2])}
+    every = {"capitals": capitals(model), "indirect objects": fp.tasks.ioi(model, DRAWN, templates=TEMPLATES[:2])}
     found = {}
     for name, pairs in every.items():
         checked = pairs.check(model)
@@ -288,14 +287,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the prepared model")
-    parser.add_argument("--saes", type=Path, default=WORK, help="folder of the SAEs, one folder per hook point")
+    parser.add_argument("--saes", type=Path, default=SAES, help="folder of the SAEs, one folder per hook point")
     parser.add_argument("--pairs", type=int, help="number of pairs of each task; by default that of the part")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with clear_errors():
         start, clock = time.process_time(), time.perf_counter()
         model = load(options.model)
-        saes = [] if options.part == "edges" else [fp.load_sae(options.saes / hook) for hook in HOOKS.split(",")]
+        saes = [] if options.part == "edges" else saes_in(options.saes)
         print(f"{LABEL}, {options.part}")
         of_task = tasks(model, options.pairs or USED[options.part])
         print()

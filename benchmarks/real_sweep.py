@@ -24,17 +24,15 @@ from real_model import tasks
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
 import featpatch as fp
-from examples.real_model.capitals import load
-from examples.real_model.prepare import LABEL, MODEL
-from examples.real_model.text import documents
-from examples.real_model.train import HOOKS, WORK, excerpts
+from examples.real_model.findings import SAES, saes_in, texts
+from examples.real_model.prepare import LABEL, MODEL, load
 
 PAIRS, CHECKED = 8, 32
 """The number of pairs that are patched, and of those that are checked and planned for."""
 HEADS = (0, 10, 20)
 """The layers whose heads are patched."""
-TEXT = 1000
-"""The number of tokens in which max-activating examples are found."""
+TEXTS = 10
+"""The number of texts in which max-activating examples are found."""
 MOST = 10
 """The number of seconds that a step may take."""
 
@@ -144,7 +142,7 @@ def patches(model: Any, bridge: Any, saes: Sequence[Any], pairs: fp.Pairs, repea
 def steps(folder: Path, saes: Path) -> Iterator[str]:
     """Yield the rows of the table of the other steps."""
     torch.set_num_threads(2)
-    places = [saes / hook for hook in HOOKS.split(",")]
+    places = sorted(saes.glob("*.hook_resid_post"))
     yield from head("step", "seconds", "CPU seconds", "")
 
     def step(run: Callable[[], Any]) -> tuple[Any, str]:
@@ -160,10 +158,9 @@ def steps(folder: Path, saes: Path) -> Iterator[str]:
     yield line(f"plan of features in {CHECKED} pairs", step(lambda: fp.plan(model, found, pairs))[1])
     few = pairs[:PAIRS]
     effects = fp.rank_features(model, found, few, progress=False)
-    texts = excerpts(model, documents(saes / "text.jsonl", held_out=True), TEXT)
     nodes = effects.top(20, kind="feature").nodes
-    described = step(lambda: fp.max_activating(model, found, nodes, texts))
-    yield line(f"describe {len(nodes)} features, {TEXT:,} tokens", described[1])
+    described = step(lambda: fp.max_activating(model, found, nodes, texts()[:TEXTS]))
+    yield line(f"describe {len(nodes)} features in {TEXTS} texts", described[1])
     with TemporaryDirectory() as name:
         page = Path(name) / "report.html"
         reported = step(lambda: fp.report(effects, page, model=model, pairs=few, saes=found))
@@ -180,8 +177,8 @@ def real(folder: Path | None, saes: Path | None, repeats: int, count: int) -> No
         repeats: how often featpatch and the loops run.
         count: the number of patches per repeat of the loops (a) and (b).
     """
-    folder, saes = folder or MODEL, saes or WORK
-    model, found = load(folder), [fp.load_sae(saes / hook) for hook in HOOKS.split(",")]
+    folder, saes = folder or MODEL, saes or SAES
+    model, found = load(folder), saes_in(saes)
     bridge = SAETransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
     print(LABEL)
     pairs = tasks(model, PAIRS)["indirect objects"]

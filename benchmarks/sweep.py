@@ -33,7 +33,6 @@ from alone import alone
 from bound import bound
 from loops import Products, hook_loop, matrix_rate, saelens_loop, timed
 from memory import peak_of
-from real_sweep import real
 from shapes import SHAPES, Shape, dictionary, models
 
 import featpatch as fp
@@ -116,6 +115,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.model:
+        from real_sweep import real
+
         real(options.folder, options.saes, options.repeats, options.loop)
         return
     shape, device, length = SHAPES[options.shape], options.device, options.tokens

@@ -61,7 +61,7 @@ class Task:
         return cls(name, pairs.drop(pairs.check(model), "fail"), len(pairs), POSITIONS[name])
 
 
-def saes(folder: Path = SAES) -> list[Any]:
+def saes_in(folder: Path = SAES) -> list[Any]:
     """Return the SAEs of the residual stream in a folder."""
     return [fp.load_sae(each) for each in sorted(folder.glob("*.hook_resid_post"))]
 
@@ -191,14 +191,14 @@ def steering(model: Any, dictionaries: Sequence[Any], task: Task, effects: fp.Ef
 
 def main(
     folder: Annotated[Path, typer.Option("--model", help="Folder of the prepared model.")] = MODEL,
-    saes_folder: Annotated[Path, typer.Option("--saes", help="Folder of the SAEs of the residual stream.")] = SAES,
+    saes: Annotated[Path, typer.Option(help="Folder of the SAEs of the residual stream.")] = SAES,
     only: Annotated[str, typer.Option("--task", help="One task only.")] = "",
 ) -> None:
     """Print the findings as Markdown."""
     torch.set_num_threads(1)
     with clear_errors():
         model = load(folder)
-        found = saes(saes_folder)
+        found = saes_in(saes)
         print(f"# {LABEL}")
         for name in [only] if only else TASKS:
             task = Task.of(model, name)

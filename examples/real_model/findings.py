@@ -11,8 +11,9 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import typer
 
@@ -34,6 +35,7 @@ POSITIONS = {
 LAYERS = (0, 5, 10, 15, 20, 22, 24, 26, 28)
 """Layers whose input is patched in the map."""
 HEADS, FEATURES, EDGES = 5, 8, 200
+WHERE: Literal["recovery_where_changed"] = "recovery_where_changed"
 SHARE = 0.8
 DOSES = (1.0, 2.0, 4.0, 8.0)
 
@@ -109,7 +111,7 @@ def heads(model: Any, task: Task) -> str:
 
 def sites(effects: fp.Effects) -> str:
     """Return the recovery of the activation, of all features and of the error term, by hook point and position."""
-    columns = ["sae", "position", "changed_features", "recovery_activation", "recovery_features", "recovery_error"]
+    columns = ["sae", "position", "changed_features", "recovery_activation", "recovery_all_features", "recovery_error"]
     rows = [
         [cell if isinstance(cell, str | int) else f"{cell:.2f}" for cell in row] for row in effects.sites()[columns].to_numpy()
     ]
@@ -117,23 +119,36 @@ def sites(effects: fp.Effects) -> str:
 
 
 def features(model: Any, dictionaries: Sequence[Any], effects: fp.Effects) -> str:
-    """Return the first features: where they are, both effects, the quadrant, and the text on which they are most active."""
-    top = effects.top(FEATURES, kind="feature")
-    described = fp.max_activating(model, dictionaries, top.nodes, texts())
-    rows = []
-    for row, (node, quadrant) in enumerate(zip(top.nodes, top.quadrants(), strict=True)):
-        best = described[node].best.replace("|", "/") if node in described else ""
-        rows.append(
-            [
-                f"{node.sae} {node.index}",
-                node.position,
-                with_interval(top, "recovery", row),
-                with_interval(top, "degradation", row),
-                quadrant,
-                best,
-            ]
+    """Return the first features over all pairs, and the first over the pairs in which each differs, with what they detect."""
+    header = ["feature", "position", "recovery", "degradation", "pairs", "recovery there", "tokens on which it is most active"]
+    found = []
+    for top in (effects.top(FEATURES, kind="feature"), effects.top(FEATURES, kind="feature", by=WHERE, least_changed=2)):
+        described = fp.max_activating(model, dictionaries, top.nodes, texts(), contexts=6)
+        there = top.pooled("recovery", over="changed")
+        found.append(
+            table(
+                header,
+                [
+                    [
+                        f"{node.sae.split('.')[1]}/{node.index}",
+                        node.position,
+                        with_interval(top, "recovery", row),
+                        with_interval(top, "degradation", row),
+                        int(top.changed_pairs[row]),
+                        f"{there[row]:.2f}",
+                        tokens(described[node]),
+                    ]
+                    for row, node in enumerate(top.nodes)
+                ],
+            )
         )
-    return table(["feature", "position", "recovery", "degradation", "quadrant", "most active on"], rows)
+    return "\n\n".join(found)
+
+
+def tokens(description: Any) -> str:
+    """Return the tokens on which a feature is most active, without repetition."""
+    peaks = [example.tokens[int(np.argmax(example.values))].strip() for example in description.examples]
+    return ", ".join(f"`{peak}`" for peak in dict.fromkeys(peaks)).replace("|", "/") or "active in none of the texts"
 
 
 def counts(model: Any, dictionaries: Sequence[Any], task: Task) -> str:

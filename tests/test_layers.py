@@ -13,7 +13,7 @@ PACKAGE = Path(featpatch.__file__).parent
 LAYERS = (
     ("untrusted",),
     ("errors", "console", "frame"),
-    ("files", "threads"),
+    ("files", "threads", "metric_functions"),
     ("page", "nodes"),
     ("sites", "metrics"),
     ("pairs", "diagram"),

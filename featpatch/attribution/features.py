@@ -19,7 +19,7 @@ from featpatch.attribution.estimates import Estimates, Estimator, by_pair, estim
 from featpatch.attribution.gradients import SOURCE, Gradients, PairGradients
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.metrics import Metric
+from featpatch.metric_functions import Metric
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Combine, Direction, Kind, Node
 from featpatch.pairs.pair import Positions, Wanted, spans

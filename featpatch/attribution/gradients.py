@@ -26,11 +26,12 @@ import torch
 from jaxtyping import Float, Int
 
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers
-from featpatch.metrics import SEQUENCES, Measure, Metric, find, one_metric
+from featpatch.metric_functions import Metric
+from featpatch.metrics import SEQUENCES, Measure, find, one_metric
 from featpatch.model.backward import LIVE, RULES, modified
+from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.model.vocabulary import check_tokens
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
 from featpatch.pairs.pair import Pair, check_answers
 from featpatch.pairs.pairs import Pairs, check_pairs

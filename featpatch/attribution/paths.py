@@ -24,12 +24,12 @@ from featpatch.attribution.components import ComponentEstimator
 from featpatch.attribution.estimates import Estimates, Estimator, collected
 from featpatch.attribution.features import FeatureEstimator
 from featpatch.attribution.gradients import LOCAL, Gradients, PairGradients
-from featpatch.effects.statistics import check_gap
+from featpatch.effects.collector import provenance
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
+from featpatch.metrics import check_gap
 from featpatch.model.backward import LIVE, RULES, modified
 from featpatch.model.lens import Lens
-from featpatch.model.provenance import provenance
 from featpatch.nodes import LOGITS, Direction, Edge, Node, check_senders
 from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import check_counterfactual

@@ -13,7 +13,6 @@ from transformer_lens.hook_points import HookPoint
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.model.digest import digest
 from featpatch.model.facts import Model
 from featpatch.model.layer import Stack
 from featpatch.threads import Watch, check_unedited, editing, in_this_thread
@@ -516,10 +515,6 @@ class Lens(Model, ABC):
 
         Gradients are kept. The layers below are skipped, and only the answer positions are unembedded.
         """
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the model's weights."""
-        return digest(self.model)
 
     def state(self) -> object:
         """Return everything that runs depend on, for comparison: the digest of the weights and the attached hooks."""

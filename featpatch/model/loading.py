@@ -30,7 +30,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from featpatch.errors import FeatpatchError, FeatpatchWarning
 from featpatch.files import read_json
-from featpatch.model.digest import check_finite
+from featpatch.model.facts import check_finite
 from featpatch.model.sources import check_device, check_there, folder_with, installing_nothing, not_found, numerically
 from featpatch.model.stack import processing_steps
 from featpatch.model.transformer_lens import MERGE, BridgeLens, check_form, uncompiled

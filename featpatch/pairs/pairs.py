@@ -1,5 +1,6 @@
 """A collection of pairs, made from prompts, token ids, files or tables."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Int
 
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, each
-from featpatch.files import sha256, write_csv, writing
+from featpatch.files import write_csv, writing
 from featpatch.page.page import block
 from featpatch.pairs import checklist
 from featpatch.pairs.build import Answers, Prompt
@@ -20,10 +21,9 @@ from featpatch.pairs.checklist import Checklist, Status, without
 from featpatch.pairs.fields import NEEDED, for_cells, from_cells, from_line, pairs_of, written
 from featpatch.pairs.files import csv_rows, frame_rows, json_lines, json_lines_in_blocks, rows_of
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
-from featpatch.pairs.likelihood import by_length, chunks
 from featpatch.pairs.pair import Label, Pair, PairText, check_by_position
 from featpatch.pairs.tensors import Table, of_tensors
-from featpatch.pairs.tokens import Tokenizer, plain_tokenizer
+from featpatch.pairs.tokens import Tokenizer, by_length, chunks, plain_tokenizer
 from featpatch.untrusted import visible
 
 SHOWN = 8
@@ -463,7 +463,7 @@ class Pairs(Sequence[Pair]):
         for fields in content:
             if not fields["corrupted_labels"]:
                 del fields["corrupted_labels"]
-        return sha256(json.dumps(content, sort_keys=True).encode())
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def check_pairs(pairs: Any, *, by_label: bool = False) -> Pairs:

@@ -14,12 +14,12 @@ import torch
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError, each, is_finite, is_integer, is_number
+from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import ActivationCache
-from featpatch.model.vocabulary import check_tokens
-from featpatch.pairs.likelihood import chunks
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs, check_unmixed
+from featpatch.pairs.tokens import chunks
 from featpatch.patching.changes import Contrast, Run, Ways
 from featpatch.patching.components import WholePart, component_parts
 from featpatch.patching.features import FeaturePart

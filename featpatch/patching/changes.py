@@ -9,6 +9,7 @@ the gain of the base run's state if the dictionary has one; otherwise each delta
 includes the state of the decoder (see `Dictionary.change`).
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from featpatch.engine.patches import Deltas
-from featpatch.files import sha256
 from featpatch.nodes import Combine, Direction, Kind, Node, Position
 from featpatch.pairs.pair import Wanted
 from featpatch.sae.dictionary import Dictionary, Split
@@ -255,7 +255,7 @@ class Swap:
     @property
     def name(self) -> str:
         """A short name derived from the nodes, the same every time."""
-        return sha256("\n".join(f"{node.sae} {node}" for node in self.nodes).encode())[:24]
+        return hashlib.sha256("\n".join(map(repr, self.nodes)).encode()).hexdigest()[:24]
 
 
 Naming = Callable[[int, Position], Node]

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError, each
-from featpatch.metrics import SEQUENCES, Measures, Metric, one_metric, together
+from featpatch.metric_functions import Metric
+from featpatch.metrics import SEQUENCES, Measures, one_metric, together
+from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
-from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.pair import Pair, check_answers
 from featpatch.pairs.pairs import Pairs
 

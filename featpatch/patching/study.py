@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from featpatch.effects.collector import Collector, averaged
-from featpatch.effects.statistics import check_gap
+from featpatch.effects.collector import Collector, averaged, measured_places, provenance
 from featpatch.effects.table import Effects
 from featpatch.engine.executor import Executor, Shards
 from featpatch.engine.journal import Book, ClosedBook, Journal
@@ -25,8 +24,8 @@ from featpatch.engine.suffix import SuffixPath
 from featpatch.engine.sweep import Sweep, announcing, free_memory, row_budget, row_bytes, trace_bytes
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.files import as_path
+from featpatch.metrics import check_gap
 from featpatch.model.lens import Lens
-from featpatch.model.provenance import measured_places, provenance
 from featpatch.model.transport import packed, unpacked
 from featpatch.nodes import DIRECTIONS, Combine, Direction, check_directions
 from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans

@@ -20,15 +20,14 @@ from jaxtyping import Float, Int
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_choices
-from featpatch.model.digest import check_finite
+from featpatch.model.facts import check_finite
 from featpatch.model.lens import Lens
 from featpatch.nodes import Combine, Node, Position
 from featpatch.sae.adapted import Adapted, AdaptedCodec
 from featpatch.sae.codec import Behaviour, Code, Codec, State, gain, reference
 from featpatch.sae.cross_codec import CrossCodec
 from featpatch.sae.formats import library_of
-from featpatch.sae.hooks import hook_of
-from featpatch.sae.sae_lens import SaeCodec, Training
+from featpatch.sae.sae_lens import SaeCodec, Training, hook_of
 
 PROBED = 2**23
 """Maximum number of feature values that are decoded together."""

@@ -16,7 +16,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
-from featpatch.model.stack import processing_steps
+from featpatch.model.loading import processing_steps
 from featpatch.model.transformer_lens import wrap
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs, check_pairs

@@ -38,8 +38,9 @@ from jaxtyping import Bool, Float, Int
 
 from featpatch import sites
 from featpatch.model.backward import LIVE, RULES, Rules, modified, under
+from featpatch.model.layer import head_from
 from featpatch.model.lens import Differentiated, Edit, Lens
-from featpatch.model.stack import Projections, head_of
+from featpatch.model.projections import Projections
 from featpatch.nodes import Node
 
 Scores = Literal["exact", "estimate", "eap_ig_inputs", "eap_ig_activations", "relp", "relp_qk", "gim"]
@@ -171,7 +172,7 @@ def _run(
     layers, count = range(lens.n_layers), len(tokens)
     hooks = [sites.component(layer, name) for layer in layers for name in (*INSIDE, *_mlps(lens))]
     reads = {*sender_hooks(lens), *(sites.component(layer, name) for layer in layers for name in ("resid_pre", "attn_out"))}
-    last, head = sites.resid_post(lens.n_layers - 1), partial(under(head_of(lens), points[0].rules), columns=None)
+    last, head = sites.resid_post(lens.n_layers - 1), partial(under(head_from(lens.model), points[0].rules), columns=None)
     moved: dict[str, dict[int, torch.Tensor]] = {}
     for number, point in enumerate(points):
         for node in point.place[:1]:  # the other nodes are at the same hook point

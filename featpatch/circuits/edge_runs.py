@@ -14,7 +14,7 @@ from featpatch.circuits.edge_layout import EdgeLayout
 from featpatch.circuits.mediators import Place
 from featpatch.model.backward import LIVE, Rules, under
 from featpatch.model.layer import Norm
-from featpatch.model.stack import AttentionOutput, Projections, attention_outputs, projections_of
+from featpatch.model.projections import AttentionOutput, Projections, attention_outputs, projections_of
 from featpatch.nodes import LOGITS, Node
 from featpatch.sae.dictionary import Dictionary
 

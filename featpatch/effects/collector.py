@@ -164,7 +164,7 @@ def provenance(lens: Lens, pairs: Pairs) -> dict[str, Any]:
     return {
         "pairs": pairs.digest(),
         **tags,
-        "model": {"name": without_folder(str(lens.model.cfg.model_name)), "sha256": lens.digest()},
+        "model": {"name": without_folder(lens.name), "sha256": lens.digest()},
         "versions": {**versions, "featpatch's code": code_digest()},
     }
 

@@ -21,9 +21,8 @@ import torch
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.model.layer import ACTIVATIONS, Head, Layer, Norm, hidden
+from featpatch.model.layer import ACTIVATIONS, Head, Layer, Norm, hidden, norm_of
 from featpatch.model.lens import Edit, Lens
-from featpatch.model.stack import norm_of
 from featpatch.threads import editing, in_this_thread
 
 TEMPERATURE = 2.0

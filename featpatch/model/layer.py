@@ -5,11 +5,12 @@
     x_post = x_mid + post2(mlp(norm2(x_mid)))  in a parallel layer the MLP reads x instead of x_mid
 
 A row is one position of one prompt, `[rows, d_model]`. The weights are the model's own tensors, not copies, wherever
-their layout allows it.
+their layout allows it. `build` converts a TransformerLens model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -290,3 +291,113 @@ class Stack:
 
     layers: tuple[Layer, ...]
     head: Head
+
+
+def build(model: Any, layers: Iterable[Layer]) -> Stack:
+    """Return a TransformerBridge or a HookedTransformer as row-wise functions; both use the same names for weights.
+
+    Args:
+        model: the model.
+        layers: its layers, each from `layer_from`; they are made only if the model has the right form.
+
+    Raises:
+        UnsupportedError: the model does not have the form described above.
+    """
+    cfg = model.cfg
+    if cfg.positional_embedding_type not in ("standard", "rotary"):
+        raise UnsupportedError(f"position embeddings of type {cfg.positional_embedding_type!r}")
+    if getattr(cfg, "attention_dir", "causal") != "causal":
+        raise UnsupportedError("bidirectional attention")
+    return Stack(tuple(layers), head_from(model))
+
+
+def head_from(model: Any) -> Head:
+    """Return the map from the final residual stream to logits; unlike the layers, every model has one of this form."""
+    cfg, bias = model.cfg, getattr(model.unembed, "b_U", None)
+    return Head(norm_of(getattr(model, "ln_final", None), cfg), model.unembed.W_U, bias, _positive(cfg.output_logits_soft_cap))
+
+
+def layer_from(
+    block: Any, cfg: Any, *, scale: float, softcap: float | None, window: int | None, rotation: Rotation | None
+) -> Layer:
+    """Convert a layer of a model, given the attention settings that the two model classes keep in different places.
+
+    Args:
+        block, cfg: the layer and the configuration of the model.
+        scale, softcap, window, rotation: those of `Layer`; a soft-cap of 0 means none.
+
+    Raises:
+        UnsupportedError: the layer does not have the form described above.
+    """
+    attn = block.attn
+    try:
+        projections = [
+            _flat(weight, bias) for weight, bias in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V))
+        ]
+        out = Linear(attn.W_O.flatten(0, 1), attn.b_O)
+    except AttributeError as error:
+        raise UnsupportedError(f"attention without separate weights ({error})") from error
+    except NotImplementedError as error:
+        raise UnsupportedError("quantised weights, which can be run but not read") from error
+    return Layer(
+        norm1=norm_of(getattr(block, "ln1", None), cfg),
+        query=projections[0],
+        key=projections[1],
+        value=projections[2],
+        query_norm=norm_of(getattr(attn, "q_norm", None), cfg),
+        key_norm=norm_of(getattr(attn, "k_norm", None), cfg),
+        rotation=rotation,
+        d_head=int(cfg.d_head),
+        scale=scale,
+        softcap=_positive(softcap),
+        window=window,
+        out=out,
+        post1=norm_of(getattr(block, "ln1_post", None), cfg),
+        norm2=norm_of(getattr(block, "ln2", None) or (getattr(block, "ln1", None) if cfg.parallel_attn_mlp else None), cfg),
+        mlp=_mlp(getattr(block, "mlp", None), cfg),
+        post2=norm_of(getattr(block, "ln2_post", None), cfg),
+        parallel=bool(cfg.parallel_attn_mlp),
+    )
+
+
+def _mlp(mlp: Any, cfg: Any) -> Mlp | None:
+    if mlp is None:
+        return None
+    if cfg.act_fn not in ACTIVATIONS:
+        raise UnsupportedError(f"activation function {cfg.act_fn!r}")
+    try:
+        gate = getattr(mlp, "W_gate", None)
+        into, out = Linear(mlp.W_in, mlp.b_in), Linear(mlp.W_out, mlp.b_out)
+    except AttributeError as error:
+        raise UnsupportedError(f"an MLP without the standard weights ({error})") from error
+    except NotImplementedError as error:
+        raise UnsupportedError("quantised weights, which can be run but not read") from error
+    if into.weight is None or into.weight.dim() != 2:
+        raise UnsupportedError("a mixture-of-experts MLP")
+    return Mlp(ACTIVATIONS[cfg.act_fn], None if gate is None else Linear(gate, None), into, out)
+
+
+def norm_of(module: Any, cfg: Any) -> Norm | None:
+    """Convert a norm module; None if there is no norm.
+
+    Norms of HookedTransformer hold `w` and `b`; those of a TransformerBridge wrap a Hugging Face module.
+    """
+    if module is None or isinstance(module, torch.nn.Identity):
+        return None
+    original = getattr(module, "original_component", None)
+    if original is None:
+        centred = type(module).__name__.startswith("LayerNorm")
+        return Norm(centred, getattr(module, "w", None), getattr(module, "b", None), float(cfg.eps))
+    centred = not module.uses_rms_norm
+    eps = getattr(original, "eps", getattr(original, "variance_epsilon", cfg.eps))
+    weight = original.weight + 1 if not centred and getattr(cfg, "rmsnorm_uses_offset", False) else original.weight
+    return Norm(centred, weight, getattr(original, "bias", None), float(eps))
+
+
+def _flat(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """Convert a projection of weights `[heads, d_model, d_head]` to a map to `[heads * d_head]`."""
+    return Linear(weight.permute(1, 0, 2).flatten(1), None if bias is None else bias.flatten())
+
+
+def _positive(softcap: float | None) -> float | None:
+    return float(softcap) if softcap is not None and softcap > 0 else None

@@ -17,9 +17,8 @@ from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.model.layer import Rotation, Stack, UnsupportedError
+from featpatch.model.layer import Layer, Rotation, Stack, UnsupportedError, build, layer_from
 from featpatch.model.lens import Edit, Fired, Lens, answering
-from featpatch.model.stack import Attention, build
 from featpatch.threads import exclusively, in_this_thread
 
 
@@ -69,12 +68,14 @@ class HookedLens(Lens):
         """Return the model as row-wise functions, see `Lens.stack`."""
         if getattr(self.model.cfg, "use_dynamic_ntk_rope", False):
             raise UnsupportedError("rotary embeddings that depend on the length of the prompt")
-        return build(self.model, [self._attention(block.attn, longest) for block in self.model.blocks])
+        return build(self.model, (self._layer(block, longest) for block in self.model.blocks))
 
-    def _attention(self, attn: Any, length: int) -> Attention:
-        cfg = self.model.cfg
+    def _layer(self, block: Any, length: int) -> Layer:
+        cfg, attn = self.model.cfg, block.attn
         rotary = cfg.positional_embedding_type == "rotary"
-        return Attention(
+        return layer_from(
+            block,
+            cfg,
             scale=1 / float(attn.attn_scale),
             softcap=cfg.attn_scores_soft_cap,
             window=cfg.window_size if attn.attn_type == "local" else None,
@@ -174,7 +175,7 @@ class BridgeLens(Lens):
         turns, short = ({}, {}) if not hooks else (self._rotations(hooks, longest), self._rotations(hooks, shortest))
         if not all(torch.equal(turns[hook][:, :shortest], short[hook]) for hook in hooks):
             raise UnsupportedError("rotary embeddings that depend on the length of the prompt")
-        return build(self.model, [self._attention(layer, turns) for layer in range(self.n_layers)])
+        return build(self.model, (self._layer(layer, turns) for layer in range(self.n_layers)))
 
     def _rotations(self, hooks: list[str], length: int) -> dict[str, torch.Tensor]:
         return self.read(torch.zeros(1, length, dtype=torch.long), hooks)
@@ -222,10 +223,13 @@ class BridgeLens(Lens):
                     else:
                         block.__dict__["forward"] = forward
 
-    def _attention(self, layer: int, turns: dict[str, torch.Tensor]) -> Attention:
-        module, cfg = self.model.blocks[layer].attn.original_component, self.model.cfg
+    def _layer(self, layer: int, turns: dict[str, torch.Tensor]) -> Layer:
+        block, cfg = self.model.blocks[layer], self.model.cfg
+        module = block.attn.original_component
         cos, sin = (turns.get(hook) for hook in sites.rotary(layer))
-        return Attention(
+        return layer_from(
+            block,
+            cfg,
             scale=float(getattr(module, "scaling", cfg.d_head**-0.5)),
             softcap=getattr(module, "attn_logit_softcapping", None),
             window=getattr(module, "sliding_window", None),

@@ -28,8 +28,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.facts import digest
 from featpatch.model.lens import Lens
-from featpatch.model.loading import PROCESSED
-from featpatch.model.stack import folded, trivial_norms
+from featpatch.model.loading import PROCESSED, folded, trivial_norms
 from featpatch.sae.codec import Code, Codec, State
 from featpatch.sae.weights import LAYER_OF_CLT
 

@@ -15,8 +15,9 @@ import torch
 from tqdm.auto import tqdm
 
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, is_integer
+from featpatch.model.layer import head_from
 from featpatch.model.lens import Lens
-from featpatch.model.stack import head_of, rounding, wide
+from featpatch.model.projections import rounding, wide
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Node
 from featpatch.pairs.pair import Pair
@@ -136,7 +137,7 @@ class _Logits:
         Raises:
             FeatpatchError: a target is not a token.
         """
-        head, last = head_of(lens), tokens.shape[1] - 1
+        head, last = head_from(lens.model), tokens.shape[1] - 1
         like, final = path.streams[0], path.streams[-1]
         answer = wide(lens.answer(tokens, torch.tensor([last])))[0].to(like)
         probabilities = answer.softmax(0)

@@ -1,63 +1,17 @@
-"""Convert a TransformerLens model to row-wise functions, and determine how its weights were processed.
+"""How attention and MLPs of a TransformerLens model write to the residual stream, and what each of their heads reads.
 
-Both model classes use the same names for weights. The processing steps are determined by measurement.
+Each form is compared with the activations of the model before it is used.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 
 from featpatch import sites
-from featpatch.model.layer import ACTIVATIONS, Head, Layer, Linear, Mlp, Norm, Rotation, Stack, UnsupportedError
+from featpatch.model.layer import Layer, Norm, UnsupportedError, norm_of
 from featpatch.model.lens import Lens
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Attention settings that TransformerBridge and HookedTransformer keep in different places.
-
-    Attributes:
-        scale: the factor on the attention scores.
-        softcap: the soft-cap of the scores; None or 0 for none.
-        window: how many positions back a query sees; None for all.
-        rotation: the rotary position embedding; None if positions are not rotary.
-    """
-
-    scale: float
-    softcap: float | None
-    window: int | None
-    rotation: Rotation | None
-
-
-def build(model: Any, attentions: list[Attention]) -> Stack:
-    """Return a model as row-wise functions.
-
-    Args:
-        attentions: the attention settings of each layer.
-
-    Raises:
-        UnsupportedError: a layer does not have the form described in `layer`.
-    """
-    cfg = model.cfg
-    if cfg.positional_embedding_type not in ("standard", "rotary"):
-        raise UnsupportedError(f"position embeddings of type {cfg.positional_embedding_type!r}")
-    if getattr(cfg, "attention_dir", "causal") != "causal":
-        raise UnsupportedError("bidirectional attention")
-    layers = [_layer(block, cfg, attention) for block, attention in zip(model.blocks, attentions, strict=True)]
-    return Stack(tuple(layers), _head(model))
-
-
-def head_of(lens: Lens) -> Head:
-    """Return the map from the final residual stream to logits; unlike the layers, every model has one of this form."""
-    return _head(lens.model)
-
-
-def _head(model: Any) -> Head:
-    cfg, bias = model.cfg, getattr(model.unembed, "b_U", None)
-    return Head(norm_of(getattr(model, "ln_final", None), cfg), model.unembed.W_U, bias, _positive(cfg.output_logits_soft_cap))
 
 
 @dataclass(frozen=True)
@@ -242,115 +196,3 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two activations are equal but for rounding."""
     one = one.to(other)
     return bool((one - other).abs().max() <= torch.finfo(other.dtype).eps ** 0.5 * other.abs().max())
-
-
-def _layer(block: Any, cfg: Any, attention: Attention) -> Layer:
-    attn = block.attn
-    try:
-        projections = [
-            _flat(weight, bias) for weight, bias in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V))
-        ]
-        out = Linear(attn.W_O.flatten(0, 1), attn.b_O)
-    except AttributeError as error:
-        raise UnsupportedError(f"attention without separate weights ({error})") from error
-    except NotImplementedError as error:
-        raise UnsupportedError("quantised weights, which can be run but not read") from error
-    return Layer(
-        norm1=norm_of(getattr(block, "ln1", None), cfg),
-        query=projections[0],
-        key=projections[1],
-        value=projections[2],
-        query_norm=norm_of(getattr(attn, "q_norm", None), cfg),
-        key_norm=norm_of(getattr(attn, "k_norm", None), cfg),
-        rotation=attention.rotation,
-        d_head=int(cfg.d_head),
-        scale=attention.scale,
-        softcap=_positive(attention.softcap),
-        window=attention.window,
-        out=out,
-        post1=norm_of(getattr(block, "ln1_post", None), cfg),
-        norm2=norm_of(getattr(block, "ln2", None) or (getattr(block, "ln1", None) if cfg.parallel_attn_mlp else None), cfg),
-        mlp=_mlp(getattr(block, "mlp", None), cfg),
-        post2=norm_of(getattr(block, "ln2_post", None), cfg),
-        parallel=bool(cfg.parallel_attn_mlp),
-    )
-
-
-def _mlp(mlp: Any, cfg: Any) -> Mlp | None:
-    if mlp is None:
-        return None
-    if cfg.act_fn not in ACTIVATIONS:
-        raise UnsupportedError(f"activation function {cfg.act_fn!r}")
-    try:
-        gate = getattr(mlp, "W_gate", None)
-        into, out = Linear(mlp.W_in, mlp.b_in), Linear(mlp.W_out, mlp.b_out)
-    except AttributeError as error:
-        raise UnsupportedError(f"an MLP without the standard weights ({error})") from error
-    except NotImplementedError as error:
-        raise UnsupportedError("quantised weights, which can be run but not read") from error
-    if into.weight is None or into.weight.dim() != 2:
-        raise UnsupportedError("a mixture-of-experts MLP")
-    return Mlp(ACTIVATIONS[cfg.act_fn], None if gate is None else Linear(gate, None), into, out)
-
-
-def norm_of(module: Any, cfg: Any) -> Norm | None:
-    """Convert a norm module; None if there is no norm.
-
-    Norms of HookedTransformer hold `w` and `b`; those of a TransformerBridge wrap a Hugging Face module.
-    """
-    if module is None or isinstance(module, torch.nn.Identity):
-        return None
-    original = getattr(module, "original_component", None)
-    if original is None:
-        centred = type(module).__name__.startswith("LayerNorm")
-        return Norm(centred, getattr(module, "w", None), getattr(module, "b", None), float(cfg.eps))
-    centred = not module.uses_rms_norm
-    eps = getattr(original, "eps", getattr(original, "variance_epsilon", cfg.eps))
-    weight = original.weight + 1 if not centred and getattr(cfg, "rmsnorm_uses_offset", False) else original.weight
-    return Norm(centred, weight, getattr(original, "bias", None), float(eps))
-
-
-def _flat(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """Convert a projection of weights `[heads, d_model, d_head]` to a map to `[heads * d_head]`."""
-    return Linear(weight.permute(1, 0, 2).flatten(1), None if bias is None else bias.flatten())
-
-
-def _positive(softcap: float | None) -> float | None:
-    return float(softcap) if softcap is not None and softcap > 0 else None
-
-
-CENTRED = 1e-3
-"""Maximum mean over coordinates of a residual stream that counts as centred, as a fraction of its root mean square."""
-
-
-def processing_steps(lens: Lens) -> Sequence[str]:
-    """Return the processing steps that the weights have gone through: `fold_ln`, `center_writing_weights`, both or neither."""
-    done = []
-    if trivial_norms(lens):
-        done.append("fold_ln")
-    stream = lens.read(torch.tensor([[0, 1, 2]]), [sites.resid_pre(lens.n_layers - 1)])[sites.resid_pre(lens.n_layers - 1)]
-    stream = stream.double()
-    if bool((stream.mean(-1).abs() <= CENTRED * stream.square().mean(-1).sqrt()).all()):
-        done.append("center_writing_weights")
-    return done
-
-
-def trivial_norms(lens: Lens) -> bool:
-    """Return whether the norms before attention and MLP have no weight other than 1.
-
-    The weight may be folded, or was never trained.
-    """
-    norms = _norms(lens)
-    return bool(norms) and all(norm.weight is None or bool((norm.weight == 1).all()) for norm in norms)
-
-
-def folded(lens: Lens) -> bool:
-    """Return whether the weights of the norms before attention and MLP are folded into the weights that read their output."""
-    gone = all(norm.weight is None for norm in _norms(lens)) or getattr(lens.model, "_weights_processed", False)
-    return trivial_norms(lens) and bool(gone)
-
-
-def _norms(lens: Lens) -> list[Norm]:
-    cfg = lens.model.cfg
-    found = [norm_of(getattr(block, name, None), cfg) for block in lens.model.blocks for name in ("ln1", "ln2")]
-    return [norm for norm in found if norm is not None]

@@ -29,7 +29,7 @@ from .patching.controls import random_controls as random_controls
 from .patching.curves import top_k_curve as top_k_curve
 from .patching.diagnostics import diagnose as diagnose
 from .patching.do import do as do
-from .patching.runs import Noise as Noise
+from .patching.noise import Noise as Noise
 from .patching.sets import interactions as interactions, select_features as select_features
 from .ranking.graph_effects import graph_effects as graph_effects
 from .ranking.groups import group_features as group_features

@@ -19,7 +19,7 @@ from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.model.backward import FROZEN, RULES, Rules, modified
 from featpatch.model.lens import Differentiated, Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 
 EXACT, ROTARY = 1e-10, 1e-7
 """Hugging Face computes rotary embeddings in float32."""

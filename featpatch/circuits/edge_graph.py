@@ -35,8 +35,8 @@ from featpatch.nodes import Edge, Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.ablation import Everywhere
 from featpatch.patching.paths import EdgePart
-from featpatch.patching.readings import AtAnswer
 from featpatch.patching.route import Senders, receiver_of
+from featpatch.patching.runs import AtAnswer
 from featpatch.patching.study import Options, Study
 
 TOLERANCE = 1e-3

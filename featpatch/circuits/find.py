@@ -29,7 +29,7 @@ from featpatch.nodes import TOGETHER, Node, Patch, joint
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.patches import check_apart
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import check_nodes
 

@@ -26,7 +26,7 @@ from featpatch.errors import FeatpatchError
 from featpatch.files import as_path
 from featpatch.metrics import check_gap
 from featpatch.nodes import Node
-from featpatch.patching.readings import AtAnswer
+from featpatch.patching.runs import AtAnswer
 
 TOKENS_AT_ONCE = 4096
 """The largest number of tokens that go through the model together."""

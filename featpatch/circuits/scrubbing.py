@@ -26,7 +26,7 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Node
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs, check_counterfactual
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 
 Label = Callable[[Pair], Hashable]
 """A function that returns the property of a pair's clean prompt on which a node is said to depend."""

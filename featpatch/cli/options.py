@@ -165,7 +165,7 @@ def checked(pairs: Path, positions: str, direction: str, metric: list[str]) -> d
     Raises:
         FeatpatchError: there is no such file, or an option is unusable.
     """
-    from featpatch.patching.readings import readout
+    from featpatch.patching.runs import readout
 
     if not as_path(pairs).exists():
         raise FeatpatchError(f"--pairs {str(pairs)!r} does not exist: expected a JSON Lines file of pairs; check the path")

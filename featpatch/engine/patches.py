@@ -7,7 +7,8 @@ downstream of it:
     "set"    x' = x_base     + delta      at the positions that the patch names, so that what arrives there is replaced
 
 In the fast forward pass, the rows of all units of a batch lie in one matrix, unit by unit, patch by patch, position by position
-from the first changed one to the answer. In the last layer, after the keys and values, only the answer row of each patch is left.
+from the first changed one to the answer. In the last layer, after the keys and values, only the answer row of each patch is
+left.
 """
 
 from collections.abc import Mapping, Sequence

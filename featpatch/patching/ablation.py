@@ -20,11 +20,10 @@ from featpatch.model.transformer_lens import ActivationCache
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs, check_unmixed
 from featpatch.pairs.tokens import chunks
-from featpatch.patching.changes import Contrast, Run, Ways
+from featpatch.patching.changes import Part
 from featpatch.patching.components import WholePart, component_parts
 from featpatch.patching.features import FeaturePart
-from featpatch.patching.parts import Part
-from featpatch.patching.runs import TOKENS_AT_ONCE
+from featpatch.patching.runs import TOKENS_AT_ONCE, Contrast, Run, Ways
 from featpatch.sae.dictionary import Dictionary, Split, dictionaries
 
 Values = tuple[torch.Tensor, ...]

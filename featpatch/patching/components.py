@@ -19,8 +19,8 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Direction, Node, Position
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.changes import DecoderDirections, Swap, count_whole, feature_swaps, whole_change, whole_swaps
-from featpatch.patching.parts import DictionaryPart, Part
+from featpatch.patching.changes import DecoderDirections, Part, Swap, count_whole, feature_swaps, whole_change, whole_swaps
+from featpatch.patching.features import DictionaryPart
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
 from featpatch.sae.baselines import identity, neurons

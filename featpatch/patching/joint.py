@@ -24,13 +24,12 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Combine, Direction, Node, Patch, Position, joint
 from featpatch.pairs.pair import Pair, spans
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.changes import Contrast, Run, Swap
+from featpatch.patching.changes import Part, Swap
 from featpatch.patching.components import HeadPart, WholePart, neuron_part
 from featpatch.patching.do import Chosen, check_settable, choose, keeping
-from featpatch.patching.features import FeaturePart
-from featpatch.patching.parts import OnlyPart, Part
+from featpatch.patching.features import FeaturePart, OnlyPart
 from featpatch.patching.patches import PatchesPart, check_apart
-from featpatch.patching.runs import PairRuns
+from featpatch.patching.runs import Contrast, PairRuns, Run
 from featpatch.patching.study import CLEAN_AND_CORRUPTED, Options, Study
 from featpatch.sae.dictionary import Dictionary, Split, dictionaries_if_any
 from featpatch.sae.nodes import CODED, check_nodes

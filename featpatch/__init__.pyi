@@ -45,7 +45,7 @@ from .sae.baselines import direction as direction
 from .sae.nodes import feature as feature
 from .sae.loading import load_sae as load_sae
 from .selfcheck import check as check
-from .sites import head as head
+from .components import head as head
 from .splicing import loss_recovered as loss_recovered
 from .steering.doses import dose_response as dose_response
 from .steering.steer import steer as steer

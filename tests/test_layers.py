@@ -16,6 +16,7 @@ LAYERS = (
     ("files", "threads", "metric_functions"),
     ("page", "nodes"),
     ("sites", "metrics"),
+    ("components",),
     ("pairs", "diagram"),
     ("tasks", "model"),
     ("effects", "sae"),

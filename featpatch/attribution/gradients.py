@@ -30,6 +30,7 @@ from featpatch.metric_functions import Metric
 from featpatch.metrics import SEQUENCES, Measure, find, one_metric
 from featpatch.model.backward import LIVE, RULES, modified
 from featpatch.model.facts import check_tokens
+from featpatch.model.gradients import gradients
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
@@ -114,7 +115,7 @@ class Runs:
         for layer in range(self.lens.n_layers):
             stopped = [component(layer, name) for name in ("attn_out", "mlp_out")]
             there = [hook for hook in stopped if hook in self.lens.hook_points]
-            each.append(self.lens.gradients(self.tokens, sites, self.answers, self.measure, stopped=there).gradients)
+            each.append(gradients(self.lens, self.tokens, sites, self.answers, self.measure, stopped=there).gradients)
         return Taken({site: torch.stack([of_layer[site] for of_layer in each]) for site in sites}, {})
 
     def _along(
@@ -128,7 +129,7 @@ class Runs:
     def _at(self, moved: str, change: torch.Tensor, sites: Sequence[str]) -> tuple[Mapping[str, torch.Tensor], torch.Tensor]:
         """Return gradients and metric with a change added at the hook point `moved`."""
         with self.lens.edit(self.lens.carrier(moved), lambda x: x + change.reshape(x.shape).to(x)):
-            found = self.lens.gradients(self.tokens, sites, self.answers, self.measure)
+            found = gradients(self.lens, self.tokens, sites, self.answers, self.measure)
         return found.gradients, found.values
 
 
@@ -359,7 +360,7 @@ class _Batch:
                 self.activations[direction].update(self.of.lens.read(run.tokens, unread) if unread else {})
                 continue
             with modified(self.of.lens, RULES.get(method, LIVE)):
-                found = self.of.lens.gradients(run.tokens, missing, run.answers, run.measure, reads=unread)
+                found = gradients(self.of.lens, run.tokens, missing, run.answers, run.measure, reads=unread)
             if not all(torch.isfinite(g).all() for g in found.gradients.values()):
                 raise FeatpatchError(
                     f"the gradient of {self.of.measure.name} is NaN or infinite: expected finite numbers; check the metric"

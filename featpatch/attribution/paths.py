@@ -29,6 +29,7 @@ from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.metrics import check_gap
 from featpatch.model.backward import LIVE, RULES, modified
+from featpatch.model.gradients import pull
 from featpatch.model.lens import Lens
 from featpatch.nodes import LOGITS, Direction, Edge, Node, check_senders
 from featpatch.pairs.pair import spans
@@ -291,7 +292,7 @@ class _Pulled:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         resid = self._rows(self._activation(sites.resid_pre(layer)))
         tokens = torch.tensor(self.of_pair.tokens(self.way)).expand(len(resid), -1)
-        gradient, inner = self.lens.pull(layer, resid, tokens, hook, weights, put)
+        gradient, inner = pull(self.lens, layer, resid, tokens, hook, weights, put)
         return gradient.to(self._home), {name: value.to(self._home) for name, value in inner.items()}
 
     @property

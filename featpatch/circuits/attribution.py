@@ -38,8 +38,9 @@ from jaxtyping import Bool, Float, Int
 
 from featpatch import sites
 from featpatch.model.backward import LIVE, RULES, Rules, modified, under
+from featpatch.model.gradients import Differentiated, gradients
 from featpatch.model.layer import head_from
-from featpatch.model.lens import Differentiated, Edit, Lens
+from featpatch.model.lens import Edit, Lens
 from featpatch.model.projections import Projections
 from featpatch.nodes import Node
 
@@ -190,7 +191,8 @@ def _run(
         stack.enter_context(modified(lens, points[0].rules))
         for hook, values in moved.items():
             stack.enter_context(lens.edit(hook, moving(values)))
-        found = lens.gradients(
+        found = gradients(
+            lens,
             tokens.repeat(len(points), 1),
             [*hooks, last],
             answers.repeat(len(points)),

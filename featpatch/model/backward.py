@@ -98,8 +98,8 @@ def under(part: Norm | Layer | Head | None, rules: Rules) -> Norm | Layer | Head
 def modified(lens: Lens, rules: Rules) -> Iterator[None]:
     """Make backward passes of a model follow rules, in calls of this thread, until the context ends.
 
-    Forward values stay the same. Where an activation is a leaf at a hook point (`Lens.gradients`), its gradient follows the
-    rules downstream.
+    Forward values stay the same. Where an activation is a leaf at a hook point (`model/gradients.py`), its gradient
+    follows the rules downstream.
 
     Raises:
         FeatpatchError: on entry or in a forward pass, if a layer does not have the form that a rule is defined for.

@@ -158,6 +158,18 @@ class Model:
             return None
         return weight
 
+    def check_room(self, length: int, count: int) -> None:
+        """Check that `count` tokens can be generated after a prompt of a given length.
+
+        Raises:
+            FeatpatchError: the model's context is too short.
+        """
+        if self.n_ctx is not None and length + count > self.n_ctx:
+            raise FeatpatchError(
+                f"a prompt of {length} tokens and tokens={count}: expected at most {self.n_ctx} together, the model's context; "
+                "generate fewer tokens, or shorten the prompt"
+            )
+
     def digest(self) -> str:
         """Return the SHA-256 of the model's weights."""
         return digest(self.model)

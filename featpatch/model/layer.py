@@ -332,7 +332,8 @@ def layer_from(
     attn = block.attn
     try:
         projections = [
-            _flat(weight, bias) for weight, bias in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V))
+            Linear(weight.permute(1, 0, 2).flatten(1), None if bias is None else bias.flatten())  # heads side by side
+            for weight, bias in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V))
         ]
         out = Linear(attn.W_O.flatten(0, 1), attn.b_O)
     except AttributeError as error:
@@ -392,11 +393,6 @@ def norm_of(module: Any, cfg: Any) -> Norm | None:
     eps = getattr(original, "eps", getattr(original, "variance_epsilon", cfg.eps))
     weight = original.weight + 1 if not centred and getattr(cfg, "rmsnorm_uses_offset", False) else original.weight
     return Norm(centred, weight, getattr(original, "bias", None), float(eps))
-
-
-def _flat(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """Convert a projection of weights `[heads, d_model, d_head]` to a map to `[heads * d_head]`."""
-    return Linear(weight.permute(1, 0, 2).flatten(1), None if bias is None else bias.flatten())
 
 
 def _positive(softcap: float | None) -> float | None:

@@ -17,12 +17,14 @@ from featpatch.files import write_csv, writing
 from featpatch.page.page import block
 from featpatch.pairs import checklist
 from featpatch.pairs.build import Answers, Prompt
-from featpatch.pairs.checklist import Checklist, Status, without
+from featpatch.pairs.checklist import Checklist, Status, check_by_position, without
 from featpatch.pairs.fields import NEEDED, for_cells, from_cells, from_line, pairs_of, written
 from featpatch.pairs.files import csv_rows, frame_rows, json_lines, json_lines_in_blocks, rows_of
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
-from featpatch.pairs.pair import Label, Pair, PairText, check_by_position
+from featpatch.pairs.labels import Label
+from featpatch.pairs.pair import Pair
 from featpatch.pairs.tensors import Table, of_tensors
+from featpatch.pairs.text import PairText
 from featpatch.pairs.tokens import Tokenizer, by_length, chunks, plain_tokenizer
 from featpatch.untrusted import visible
 

@@ -14,6 +14,7 @@ import torch
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError, each, is_finite, is_integer, is_number
+from featpatch.model.cached import cached
 from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import ActivationCache
@@ -269,8 +270,8 @@ class Means(Everywhere):
                     f"to=activations for {of!r}: expected to='mean_by_position', 'zero' or 'resample', because a mean over all "
                     "positions is not an attention pattern"
                 )
-            return (self.lens.cached("to", self.given, [of])[of],)
-        found = self.lens.cached("to", self.given, [of.reads, of.writes])
+            return (cached(self.lens, "to", self.given, [of])[of],)
+        found = cached(self.lens, "to", self.given, [of.reads, of.writes])
         if any(self.given.get(hook, values).ndim < values.ndim for hook, values in found.items()):
             raise FeatpatchError(
                 f"to={{hook: tensor}} for the features of {of.name}: expected activations [batch, pos, ...], whose features "

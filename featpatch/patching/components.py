@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
+from featpatch.components import ARROW, check_components_and_layers
 from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import ROWS, Lens
@@ -25,7 +26,7 @@ from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
 from featpatch.sae.baselines import identity, neurons
 from featpatch.sae.dictionary import dictionaries
-from featpatch.sites import ARROW, WHOLE, check_components_and_layers, component
+from featpatch.sites import WHOLE, component
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 
 from featpatch import sites
+from featpatch.components import ARROW, OF_HEADS
 from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError, check_choices, each
 from featpatch.model.lens import Edit, Lens, added
@@ -354,9 +355,9 @@ def _read(site: str) -> str:
 
 def _ends(position: Position) -> list[Position]:
     """Return a position or, for an entry of an attention pattern, its two positions."""
-    if not isinstance(position, str) or sites.ARROW not in position:
+    if not isinstance(position, str) or ARROW not in position:
         return [position]
-    return [int(end) if re.fullmatch("-?[0-9]{1,9}", end) else end for end in position.split(sites.ARROW)]
+    return [int(end) if re.fullmatch("-?[0-9]{1,9}", end) else end for end in position.split(ARROW)]
 
 
 def _parts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary], combine: Combine | None) -> list[Part]:
@@ -388,7 +389,7 @@ def _parts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary], combi
 
 def _component(node: Node) -> str:
     """Return the name of the component of heads or neurons that a node belongs to; empty if it belongs to none."""
-    if node.kind == "head" and isinstance(node.position, str) and sites.ARROW in node.position:
+    if node.kind == "head" and isinstance(node.position, str) and ARROW in node.position:
         return "pattern_entry"
-    names = {"head": sites.OF_HEADS, "neuron": ("neurons",)}.get(node.kind, ())
+    names = {"head": OF_HEADS, "neuron": ("neurons",)}.get(node.kind, ())
     return next((name for name in names if sites.is_component(node.site, name)), "")

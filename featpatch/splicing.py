@@ -25,7 +25,8 @@ from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens, added
 from featpatch.model.transformer_lens import wrap
 from featpatch.pairs.pairs import Pairs
-from featpatch.sae.dictionary import Dictionary, Split, dictionaries
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.untrusted import visible
 
 

@@ -24,7 +24,8 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Combine, Direction, Kind, Node
 from featpatch.pairs.pair import Positions, Wanted, spans
 from featpatch.pairs.pairs import Pairs
-from featpatch.sae.dictionary import Dictionary, Split, combined_by, dictionaries
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary, combined_by, dictionaries
 from featpatch.sae.nodes import together
 
 

@@ -36,7 +36,8 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
 from featpatch.pairs.pair import Pair, check_answers
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.sae.dictionary import Dictionary, Split
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary
 from featpatch.sites import by_position, component, resid_pre
 
 LOCAL = ("atp", *RULES)

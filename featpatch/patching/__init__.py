@@ -12,8 +12,8 @@ What happens between `fp.rank_features` and a number, in the order of the formul
 2. A `Runner` (runs.py) runs the clean and the corrupted prompt of each pair. A `Run` holds the activations x of one prompt.
    Each direction has a base run b, which is patched, and a source run s, which values are taken from. A `Reading` says where in
    a run the metric is read (pairs/pair.py).
-3. The dictionary splits both activations into a `Split` of features f and error e. A `Difference` (changes.py) holds the
-   features that differ between the two, and what they add: the only features whose patches can have an effect.
+3. The dictionary splits both activations into a `Split` of features f and error e (sae/codec.py). A `Difference` (changes.py)
+   holds the features that differ between the two, and what they add: the only features whose patches can have an effect.
 4. Patches, named by one `Node` each, form a `Swap` (changes.py) with their `Deltas` x' - x_b at each hook point that they
    change (engine/patches.py): sparse rows of (patch, position, direction in activation space, coefficient). They come from
    `Dictionary.change`, which is the formula above, with two shortcuts: each feature of a linear dictionary adds f_s - f_b times

@@ -25,7 +25,8 @@ from featpatch.patching.changes import Part
 from featpatch.patching.components import WholePart, component_parts
 from featpatch.patching.features import FeaturePart
 from featpatch.patching.runs import TOKENS_AT_ONCE, Contrast, Run, Ways
-from featpatch.sae.dictionary import Dictionary, Split, dictionaries
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary, dictionaries
 
 Values = tuple[torch.Tensor, ...]
 """Several activations, or parts of one, each `[pos, ...]`."""

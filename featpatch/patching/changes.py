@@ -23,7 +23,8 @@ from featpatch.engine.patches import Deltas
 from featpatch.nodes import Combine, Direction, Kind, Node, Position
 from featpatch.pairs.pair import Wanted
 from featpatch.patching.runs import Labelled, PairRuns, Run, Ways
-from featpatch.sae.dictionary import Dictionary, Split
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary
 from featpatch.sites import layer_of
 
 Change = Mapping[Direction, Float[torch.Tensor, "pos d"]]

@@ -32,7 +32,8 @@ from featpatch.patching.features import FeaturePart, OnlyPart
 from featpatch.patching.patches import PatchesPart, check_apart
 from featpatch.patching.runs import Contrast, PairRuns, Run
 from featpatch.patching.study import CLEAN_AND_CORRUPTED, Options, Study
-from featpatch.sae.dictionary import Dictionary, Split, dictionaries_if_any
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import CODED, check_nodes
 
 Place = tuple[PairRuns, Direction, int]

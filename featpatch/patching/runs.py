@@ -25,7 +25,8 @@ from featpatch.pairs.pair import Pair, Reading, Wanted, check_answers
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.noise import Noise
 from featpatch.patching.sequences import ByReading, Combined, OfSequences
-from featpatch.sae.dictionary import Dictionary, Split
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary
 
 
 @dataclass(frozen=True, eq=False)

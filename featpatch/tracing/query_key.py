@@ -25,7 +25,8 @@ from featpatch.model.projections import rounding, wide
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node, Position
 from featpatch.pairs.pair import Pair, token_index
-from featpatch.sae.dictionary import Dictionary, Split, dictionaries
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.tracing.prompt import prompt_of
 from featpatch.untrusted import visible
 

@@ -12,7 +12,8 @@ from featpatch.model.layer import Norm
 from featpatch.model.lens import Lens
 from featpatch.model.projections import wide
 from featpatch.nodes import Node
-from featpatch.sae.dictionary import Dictionary, Split
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary
 from featpatch.tracing.frozen import FrozenPath, Reading, Skip, Targets, Written
 
 

@@ -2,6 +2,8 @@
 
 By itself, transformers fills missing tensors with random values, drops tensors that the model has no place for, and reads a
 pickle if an index names one. At most it logs a message.
+
+How the weights of a model were processed (`processing_steps`) is determined by measurement.
 """
 
 import logging

@@ -242,7 +242,7 @@ def integrated(
         other = np.array([of_eap.of(run[0], edge) for edge in graph(1).items])
     elif count == 1:
         slow = graph(1)
-        run = timed(lambda: by_edge(slow, points_of(scores, steps, slow.components())))
+        run = timed(lambda: by_edge(slow, points_of(scores, steps, slow.components)))
         other = run[0]
     else:
         return row

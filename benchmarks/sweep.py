@@ -12,7 +12,8 @@ medians over the repeats.
     (b) TransformerLens: the feature's change added by a hook, one forward per patch
     (c) the same in batches of 32
     limit: the matrix products that the patches need (positions from the patched one on, layers from the hook point on, only
-           keys and values of all rows in the last layer), at the rate that a matrix product of 1024 rows reaches here
+           keys and values of all rows in the last layer), at the rate that a matrix product of 1024 rows (on a GPU, 16,384)
+           reaches here
 
 Each run also times features that write to the outputs of three MLPs beside the same features that write to the lowest alone.
 """
@@ -31,6 +32,7 @@ import torch
 from alone import alone
 from bound import bound
 from memory import peak_of
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAE
 from shapes import SHAPES, Shape, dictionary, models
 
@@ -47,8 +49,8 @@ RUNS = (
 
 def clock(device: str) -> float:
     """Return the current time in seconds: the CPU time of this process, or the wall time after the GPU has finished."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
         return time.perf_counter()
     return time.process_time()
 
@@ -76,7 +78,8 @@ def saelens_loop(model: Any, sae: SAE, tokens: torch.Tensor, patches: list[tuple
             acts[0, at[0], at[1]] = value
             return acts
 
-        hook = f"{sae.cfg.metadata.hook_name}.hook_sae_acts_post"
+        bridge = isinstance(model, SAETransformerBridge)
+        hook = model.get_sae_hook_name(sae) if bridge else f"{sae.cfg.metadata.hook_name}.hook_sae_acts_post"
         logits = model.run_with_hooks_with_saes(tokens, saes=[sae], fwd_hooks=[(hook, put)])
         found.append(float(read(logits)))
     sae.use_error_term = False
@@ -104,25 +107,28 @@ def hook_loop(model: Any, hook: str, tokens: torch.Tensor, patches: list[tuple[i
 def products(shape: Shape, rows: int, patches: int, changed: int) -> float:
     """Return the floating-point operations of the matrix products that are needed, without those within attention.
 
-    Per layer and row, queries, keys, values and output take 4 d^2 multiply-adds, the MLP 8 d^2. The first layer needs queries,
-    keys and values of the changed rows only; the last layer needs all but keys and values for the answer rows only.
+    The first layer needs queries, keys and values of the changed rows only; the last layer needs all but keys and values for
+    the answer rows only.
     """
-    blocks, d = shape.layers - shape.layer, shape.width
-    first = 3 * changed + 9 * rows
-    between = 12 * rows * (blocks - 2)
-    last = 2 * rows + 10 * patches
-    return 2.0 * d * d * (first + between + last)
+    of_queries, of_keys = shape.width * shape.queries, shape.width * shape.keys  # W_O is as large as the queries' matrix
+    first = changed * (of_queries + 2 * of_keys) + rows * (of_queries + shape.mlp)
+    between = rows * (2 * of_queries + 2 * of_keys + shape.mlp) * (shape.layers - shape.layer - 2)
+    last = rows * 2 * of_keys + patches * (2 * of_queries + shape.mlp)
+    return 2.0 * (first + between + last)
 
 
-def matrix_rate(width: int, device: str) -> float:
-    """Measure the floating-point operations per second of a matrix product of 1024 rows with the shape of the MLP."""
-    a, w = torch.randn(1024, width, device=device), torch.randn(width, 4 * width, device=device)
-    repeats = 1 + int(5e10 // (2 * 1024 * 4 * width * width))
-    rates = []
-    for _ in range(5):
-        seconds, _ = timed(lambda: [a @ w for _ in range(repeats)], device)
-        rates.append(repeats * 2 * 1024 * 4 * width * width / seconds)
-    return statistics.median(rates)
+def matrix_rate(width: int, device: str, dtype: torch.dtype = torch.float32) -> float:
+    """Measure the floating-point operations per second of a matrix product of many rows with the shape of the MLP."""
+    rows, work = (16384, 5e12) if device.startswith("cuda") else (1024, 5e10)
+    a, w = (torch.randn(size, device=device, dtype=dtype) for size in ((rows, width), (width, 4 * width)))
+    product, operations = torch.empty(rows, 4 * width, device=device, dtype=dtype), 2 * rows * 4 * width * width
+    repeats = 1 + int(work // operations)
+
+    def multiply() -> None:
+        for _ in range(repeats):
+            torch.mm(a, w, out=product)
+
+    return statistics.median(repeats * operations / timed(multiply, device)[0] for _ in range(5))
 
 
 def crosscoder(shape: Shape, hooks: int, device: str) -> fp.dictionaries.Crosscoder:
@@ -207,7 +213,7 @@ def main() -> None:
     def ours(model: Any) -> fp.Effects:
         return fp.rank_features(model, sae, pairs, positions=[*range(change, length, options.every)], progress=False)
 
-    first = {name: peak_of(lambda model=model: ours(model)) for name, model in built.items()}
+    first = {name: peak_of(lambda model=model: ours(model), device) for name, model in built.items()}
     effects, peak = {name: table for name, (table, _) in first.items()}, max(memory for _, memory in first.values())
     first_table = effects["HookedTransformer"]
     patches = 2 * len(first_table.row)
@@ -243,7 +249,7 @@ def main() -> None:
     with torch.no_grad():
         largest = float(hooked(tokens).abs().max())
     median = {name: statistics.median(values) for name, values in times.items()}
-    where = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
+    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else "one CPU thread"
     print(f"{options.shape}, {options.pairs} x {length} tokens, token {change} differs, on {where}")
     print(f"site: entry of block {shape.layer} of {shape.layers}; TopK dictionary of {shape.d_sae} features, k = {shape.k}")
     print(f"{patches} patches, {rows / patches:.1f} rows each, {needed / patches / 1e9:.3f} GFLOP each in matrix products")

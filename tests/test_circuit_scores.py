@@ -100,7 +100,7 @@ def test_edges_of_features_by_a_loop_over_points(scores: Any, to: Any) -> None:
     )  # fmt: skip
     wanted = -np.array([expected[named_with_features(edge)] for edge in graph.items]) / 3
     np.testing.assert_allclose(graph.estimates(scores, steps), wanted, atol=1e-10)
-    assert len(points_of(scores, steps, graph.components())) == {"eap_ig_activations": 2 * len(groups_of(now))}.get(
+    assert len(points_of(scores, steps, graph.components)) == {"eap_ig_activations": 2 * len(groups_of(now))}.get(
         scores, 1 + (scores != "estimate")
     )
 
@@ -113,7 +113,7 @@ def test_edges_by_weights_are_those_by_a_weight_per_edge(kind: str, name: str, s
     model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
     small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
     graph = graph_of(model, pairs_of(small))
-    points = points_of(scores, 2, graph.components())
+    points = points_of(scores, 2, graph.components)
     run: Any = ([0, 1, 2], points, torch.ones(len(points), 3), lambda runs: None)
     fast, values = graph.slopes(*run)
     slow, expected = graph._by_edge(*run)
@@ -209,7 +209,7 @@ def test_points_of_features_of_heads(name: str) -> None:
     sae, lens = standard(site, 10, reshape_activations="hook_z"), wrap(small.model)
     mediators = mediators_of(lens, [fp.Node(site, "feature", 4, "all", site)], dictionaries(lens, sae))
     graph = EdgeGraph(lens, pairs_of(small), "corrupted", readout("logit_diff"), mediators=mediators)
-    points = [point for point in points_of("eap_ig_activations", 2, graph.components()) if point.place[0].site == site]
+    points = [point for point in points_of("eap_ig_activations", 2, graph.components) if point.place[0].site == site]
     _, found = graph.slopes([0, 1, 2], points, torch.ones(len(points), 3), lambda runs: None)
     clean, other = (small.model.run_with_cache(prompts)[1][site] for prompts in (small.clean, small.corrupted))
     for point, values in zip(points, found, strict=True):
@@ -268,7 +268,7 @@ def test_answers_of_several_tokens(over: str, several: bool) -> None:
             return EdgeGraph(lens, pairs, "corrupted", readout(metric))
         return NodeGraph(lens, pairs, "corrupted", readout(metric), nodes)
 
-    expected, points = 0.0, points_of("eap_ig_inputs", steps, [])
+    expected, points = 0.0, points_of("eap_ig_inputs", steps, list)
     singles = []
     for answer in (*answers[0], *answers[1]):
         for place, token in enumerate(answer):

@@ -158,6 +158,22 @@ def test_estimates_are_the_gradient(make: Any) -> None:
     assert np.abs(estimates).max() > 1e-3
 
 
+@pytest.mark.parametrize("other", ["scores", "window"])
+def test_attention_that_is_not_as_described_runs_through_the_model(other: str) -> None:
+    """The attention of a layer differs from its settings: at all tokens, or only at the last of seven."""
+    small = small_hooked()
+    attention = small.model.blocks[1].attn
+    if other == "scores":
+        masked = attention.apply_causal_mask
+        attention.apply_causal_mask = lambda scores, *options: masked(2 * scores, *options)
+    else:
+        attention.attn_type, small.model.cfg.window_size = "local", 6
+        attention._make_causal_mask = lambda query_ctx_length, **_: torch.ones([query_ctx_length] * 2).tril().bool()
+    graph = graph_of(small.model, pairs_of(small))
+    assert graph._projections is None
+    compare_with_differences(graph, graph.estimates(), range(0, len(graph.items), 23))
+
+
 SLOWLY = ("llama", "gemma2", "fewer outputs than inputs")
 """Families whose edges are run one by one."""
 

@@ -497,8 +497,11 @@ def test_rows_of_a_pass_by_hand(bridge: Small, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_memory_of_a_gpu_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what PyTorch has freed and kept for itself."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 80))
-    assert budget.free_memory(torch.device("cuda")) == 5
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 40)
+    assert budget.free_memory(torch.device("cuda")) == 25
     assert budget.free_memory(torch.device("cpu")) > 80
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from small import Small
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
-from examples.real_model import activations, prepare, text, train
+from examples.real_model import activations, prepare, tasks, text, train, written
 
 PROSE = "The quick brown fox jumps over the lazy dog near the river and then runs back home again"
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
@@ -156,9 +157,9 @@ def test_text_is_gathered_once(tmp_path: Path) -> None:
     text.gather(file, 600, sources)
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(each["kind"], each["text"].split("\n\n")) for each in found] == [("plain", first), ("packed", second)]
-    assert text.amounts(file) == {"plain": len("\n\n".join(first)), "packed": len("\n\n".join(second))}
-    assert text.documents(file, held_out=True) == ["\n\n".join(first)]
-    assert text.documents(file, held_out=False) == ["\n\n".join(second)]
+    assert text.amounts([file]) == {"plain": len("\n\n".join(first)), "packed": len("\n\n".join(second))}
+    assert text.documents([file], held_out=True) == ["\n\n".join(first)]
+    assert text.documents([file], held_out=False) == ["\n\n".join(second)]
     before = file.read_bytes()
     text.gather(file, 10**9, sources)
     assert file.read_bytes() == before
@@ -197,8 +198,55 @@ def test_rows_begin_with_bos(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_settings_need_another_folder(tmp_path: Path) -> None:
-    settings = train.Settings(("blocks.1.hook_resid_post",), 1000, 8, 2, 1)
+    settings = train.Settings((1,), (), 1000, 1, 8, 2, 1)
     train.check_settings(tmp_path, settings)
     train.check_settings(tmp_path, settings)
     with pytest.raises(fp.FeatpatchError, match=r"was begun with \{'k': 2\}: expected the same settings.*--work"):
-        train.check_settings(tmp_path, train.Settings(settings.hooks, 1000, 8, 3, 1))
+        train.check_settings(tmp_path, train.Settings((1,), (), 1000, 1, 8, 3, 1))
+
+
+def test_the_model_writes_text_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every document continues its opening; files that exist are kept; a file depends on its number alone."""
+    monkeypatch.setattr(written, "BATCH", 3)
+    monkeypatch.setattr(written, "LENGTH", 24)
+    monkeypatch.setattr(written, "OPENINGS", ("the {person}",))
+    model = Path(__file__).parent.parent / "checkpoints" / "model"
+    first, second = written.write(model, tmp_path / "both", 2)
+    documents = [json.loads(line) for file in (first, second) for line in file.read_text().splitlines()]
+    assert len(documents) == 6
+    assert len({each["text"] for each in documents}) > 1
+    assert all(each["kind"] == "written by the model" and each["text"] for each in documents)
+    first.write_text("kept")
+    assert written.write(model, tmp_path / "both", 2) == [first, second]
+    assert first.read_text() == "kept"
+    text_of_second = second.read_text()
+    second.unlink()
+    written.write(model, tmp_path / "both", 2)
+    assert second.read_text() == text_of_second
+
+
+def test_openings_have_no_prompts_of_the_tasks() -> None:
+    openings = [written.opening(random.Random(seed)) for seed in range(2000)]
+    assert not any("{" in opening or "The capital of" in opening or " gave " in opening for opening in openings)
+    assert len({opening.split()[0] for opening in openings}) > 20
+
+
+def test_agreement() -> None:
+    """The subjects differ in number, and the verbs agree with the clean one."""
+    known: dict[str, int] = {}
+    pairs = tasks.agreement(lambda text: [known.setdefault(word, len(known)) for word in text.split()], 30)
+    words = list(known)
+    for pair in pairs:
+        here, there = (words[run[pair.labels["subject"]]] for run in (pair.clean, pair.corrupted))
+        assert {here, there} == {here.rstrip("s"), f"{here.rstrip('s')}s"}
+        correct, wrong = ([words[token] for token in answer] for answer in (pair.correct, pair.wrong))
+        forms = (["are", "were", "have"], ["is", "was", "has"])
+        assert (correct, wrong) == (forms if here.endswith("s") else forms[::-1])
+        assert pair.clean[pair.labels["other"]] == pair.corrupted[pair.labels["other"]]
+
+
+@pytest.mark.parametrize(("listed", "expected"), [("10,20", (10, 20)), ("7", (7,)), ("", ())])
+def test_layers(listed: str, expected: tuple[int, ...]) -> None:
+    assert train.layers_of(listed) == expected
+    with pytest.raises(fp.FeatpatchError, match="layers '10;20': expected numbers separated by commas"):
+        train.layers_of("10;20")

@@ -7,7 +7,7 @@ brings back in the run of the other prompt (denoising, exact).
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -15,45 +15,10 @@ from rich.console import Console
 
 import featpatch as fp
 from featpatch.cli.app import clear_errors
-from featpatch.errors import FeatpatchError
 from featpatch.reporting.terminal import ranked
 
-from .prepare import LABEL, MODEL
-
-CAPITALS = {
-    "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon", "Greece": "Athens",
-    "Poland": "Warsaw", "Sweden": "Stockholm", "Norway": "Oslo", "Denmark": "Copenhagen", "Hungary": "Budapest",
-    "Russia": "Moscow", "Egypt": "Cairo", "Iran": "Tehran", "China": "Beijing", "Japan": "Tokyo",
-}  # fmt: skip
-"""Countries and capitals that are one token each in SmolLM2's vocabulary."""
-PROMPT = "The capital of {} is"
-
-
-def pairs_of(model: Any) -> fp.Pairs:
-    """Make a pair for each country, with the next country of the list in the corrupted prompt."""
-    countries = list(CAPITALS)
-    others = [*countries[1:], countries[0]]
-    return fp.Pairs.from_prompts(
-        model,
-        clean=[PROMPT.format(country) for country in countries],
-        corrupted=[PROMPT.format(country) for country in others],
-        correct=[f" {CAPITALS[country]}" for country in countries],
-        wrong=[f" {CAPITALS[country]}" for country in others],
-        labels=[{"subject": country} for country in countries],
-    )
-
-
-def load(folder: Path) -> Any:
-    """Load the prepared model.
-
-    Raises:
-        FeatpatchError: it has not been prepared.
-    """
-    if not (folder / "config.json").is_file():
-        raise FeatpatchError(
-            f"there is no model in {str(folder)!r}: expected it to be prepared; run `python -m examples.real_model`"
-        )
-    return fp.load(folder, progress=False).model
+from .prepare import LABEL, MODEL, load
+from .tasks import capitals
 
 
 def main(
@@ -65,7 +30,7 @@ def main(
     with clear_errors():
         console, start = Console(width=130), time.perf_counter()
         model = load(folder)
-        pairs = pairs_of(model)
+        pairs = capitals(model)
         print(f"{LABEL}: loaded in {time.perf_counter() - start:.0f} s; {pairs}")
         print(pairs.check(model))
         start = time.perf_counter()

@@ -19,6 +19,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import featpatch as fp
 from featpatch.errors import FeatpatchError
 
 MODEL = Path("build/real_model/model")
@@ -111,6 +112,19 @@ def prepare(out: Path, *, source: Path | None = None, download: bool = False) ->
         made.rename(out)
     print(f"wrote {out}; load it with fp.load({str(out)!r})")
     return out
+
+
+def load(folder: Path = MODEL) -> Any:
+    """Load the prepared model.
+
+    Raises:
+        FeatpatchError: it has not been prepared.
+    """
+    if not (folder / "config.json").is_file():
+        raise FeatpatchError(
+            f"there is no model in {str(folder)!r}: expected it to be prepared; run `python -m examples.real_model`"
+        )
+    return fp.load(folder, progress=False).model
 
 
 def check_gguf() -> None:

@@ -74,16 +74,21 @@ def labelled(kind: str, paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
             yield kind, text
 
 
-def documents(file: Path, *, held_out: bool) -> list[str]:
-    """Return the documents of a file that are held out, or all others."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for number, line in enumerate(lines) if (number % HELD_OUT == 0) == held_out]
+def documents(files: Sequence[Path], *, held_out: bool) -> list[str]:
+    """Return the documents of some files that are held out, or all others, in an order that mixes the files."""
+    chosen = [
+        json.loads(line)["text"]
+        for file in files
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines())
+        if (number % HELD_OUT == 0) == held_out
+    ]
+    return random.Random(0).sample(chosen, len(chosen))
 
 
-def amounts(file: Path) -> dict[str, int]:
+def amounts(files: Sequence[Path]) -> dict[str, int]:
     """Return the number of characters of each kind of source."""
     counts = Counter[str]()
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in (line for file in files for line in file.read_text(encoding="utf-8").splitlines()):
         document = json.loads(line)
         counts[document["kind"]] += len(document["text"])
     return dict(counts)

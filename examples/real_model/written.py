@@ -6,12 +6,12 @@ believes that such texts say, true or not.
 
 import json
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 OPENINGS = (
     "{country} is a country", "The history of {country} began", "A traveller who visits {country} for the first time",
@@ -34,20 +34,20 @@ OPENINGS = (
 WORDS = {
     "country": "France Germany Italy Spain Portugal Greece Poland Sweden Norway Denmark Hungary Russia Egypt Iran China Japan India "
     "Brazil Mexico Canada Turkey Kenya Nigeria Austria Belgium Ireland Scotland England Finland Cuba Peru Chile Argentina "
-    "Vietnam Thailand Indonesia Korea Israel Iraq Syria Ukraine Romania Morocco Ethiopia Australia America".split(),
+    "Vietnam Thailand Indonesia Korea Israel Iraq Syria Ukraine Romania Morocco Ethiopia Australia America",
     "city": "Paris Berlin Rome Madrid Lisbon Athens Warsaw Stockholm Oslo Copenhagen Budapest Moscow Cairo Tehran Beijing Tokyo "
-    "London Vienna Dublin Chicago Boston Toronto Sydney Istanbul Amsterdam Prague Delhi Seoul Baghdad Milan Venice".split(),
+    "London Vienna Dublin Chicago Boston Toronto Sydney Istanbul Amsterdam Prague Delhi Seoul Baghdad Milan Venice",
     "name": "John Mary Anna Peter Tom Alice James Sarah David Emma Michael Laura Robert Julia Paul Kate Mark Lisa Daniel Sophie "
-    "George Helen Henry Maria Simon Jane Kevin Rachel Steven Amy Brian Susan Martin Lucy Andrew Grace".split(),
-    "place": "market school park station hospital library church office beach restaurant river garden shop theatre museum".split(),
-    "thing": "book ring letter clock lamp key map picture bicycle phone box coin guitar machine necklace".split(),
-    "person": "doctor teacher farmer lawyer soldier nurse painter engineer student singer judge pilot sailor baker manager".split(),
-    "persons": "doctors teachers farmers lawyers soldiers nurses painters engineers students singers judges pilots parents".split(),
-    "animal": "dog cat horse lion tiger elephant wolf fox bear eagle snake frog rabbit whale owl".split(),
-    "animals": "dogs cats horses lions wolves foxes bears eagles snakes frogs rabbits birds owls deer".split(),
+    "George Helen Henry Maria Simon Jane Kevin Rachel Steven Amy Brian Susan Martin Lucy Andrew Grace",
+    "place": "market school park station hospital library church office beach restaurant river garden shop theatre museum",
+    "thing": "book ring letter clock lamp key map picture bicycle phone box coin guitar machine necklace",
+    "person": "doctor teacher farmer lawyer soldier nurse painter engineer student singer judge pilot sailor baker manager",
+    "persons": "doctors teachers farmers lawyers soldiers nurses painters engineers students singers judges pilots parents",
+    "animal": "dog cat horse lion tiger elephant wolf fox bear eagle snake frog rabbit whale owl",
+    "animals": "dogs cats horses lions wolves foxes bears eagles snakes frogs rabbits birds owls deer",
     "topic": "gravity light music chemistry mathematics language money health sleep electricity evolution democracy law religion "
-    "painting architecture football chess medicine weather history philosophy water energy trade education love".split(),
-    "dish": "bread soup pizza pasta salad curry rice cake pancakes stew cheese sushi tacos pie".split(),
+    "painting architecture football chess medicine weather history philosophy water energy trade education love",
+    "dish": "bread soup pizza pasta salad curry rice cake pancakes stew cheese sushi tacos pie",
 }
 """Words for the openings; `other_` and `third_` before the name of a list ask for another word of it."""
 LENGTH = 200
@@ -58,38 +58,45 @@ BATCH = 64
 
 def opening(generator: random.Random) -> str:
     """Return an opening with random words."""
-    words = {}
+    words = dict[str, str]()
     for name, several in WORDS.items():
-        chosen = generator.sample(several, 3)
+        chosen = generator.sample(several.split(), 3)
         words |= dict(zip((name, f"other_{name}", f"third_{name}"), chosen, strict=True))
     first, second = sorted(generator.sample(range(1500, 2020), 2))
     text = generator.choice(OPENINGS).format(**words, year=first, other_year=second)
     return text[0].upper() + text[1:]
 
 
-@torch.no_grad()
-def write(model: Any, tokenizer: Any, folder: Path, batches: Iterable[int]) -> None:
-    """Let the model write documents, `BATCH` in each file of a folder, as JSON lines `{"kind", "text"}`; files that exist are kept.
+def write(model_folder: Path, folder: Path, count: int) -> list[Path]:
+    """Return files of `BATCH` documents each as JSON lines `{"kind", "text"}`; the model writes those that do not exist.
 
     Args:
-        model: a causal language model of transformers.
-        tokenizer: its tokenizer.
-        folder: the folder of the files, which are named by their numbers.
-        batches: the numbers of the files; each is the seed of its documents.
+        model_folder: the folder of a causal language model of transformers.
+        folder: the folder of the files.
+        count: the number of files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for number in tqdm(batches, desc="Writing text", unit="file", mininterval=5):
-        file = folder / f"{number:05d}.jsonl"
-        if file.is_file():
-            continue
-        torch.manual_seed(number)
-        generator = random.Random(number)
-        prompts = [tokenizer.bos_token + opening(generator) for _ in range(BATCH)]
-        given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        written = model.generate(
-            **given, max_length=LENGTH, do_sample=True, top_k=0, temperature=0.7, pad_token_id=tokenizer.pad_token_id
-        )
-        lines = [json.dumps({"kind": "written by the model", "text": tokenizer.decode(ids, skip_special_tokens=True)}) for ids in written]
-        unfinished = file.with_suffix(".unfinished")
-        unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        unfinished.rename(file)
+    files = [folder / f"{number:05d}.jsonl" for number in range(count)]
+    if all(file.is_file() for file in files):
+        return files
+    model = AutoModelForCausalLM.from_pretrained(model_folder, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    for number, file in enumerate(tqdm(files, desc="Writing text", unit="file", mininterval=5)):
+        if not file.is_file():
+            lines = [json.dumps({"kind": "written by the model", "text": text}) for text in continued(model, tokenizer, number)]
+            unfinished = file.with_suffix(".unfinished")
+            unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            unfinished.rename(file)
+    return files
+
+
+@torch.no_grad()
+def continued(model: Any, tokenizer: Any, seed: int) -> list[str]:
+    """Return `BATCH` documents, which are the model's continuations of random openings."""
+    torch.manual_seed(seed)
+    generator = random.Random(seed)
+    prompts = [tokenizer.bos_token + opening(generator) for _ in range(BATCH)]
+    given = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    sampling = {"do_sample": True, "top_k": 0, "temperature": 0.7, "pad_token_id": tokenizer.pad_token_id}
+    written = model.generate(**given, max_length=LENGTH, **sampling)
+    return tokenizer.batch_decode(written, skip_special_tokens=True)

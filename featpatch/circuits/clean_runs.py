@@ -1,7 +1,7 @@
 """The clean runs of some pairs: their metric, and the values to which activations are ablated in them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -173,13 +173,24 @@ class CleanRuns(ABC):
 
     def metric_of(self, logits: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         """Compute the metric `[circuits, runs]` of logits `[circuits, runs, d_vocab]`, with its gradient."""
+        return self.metric_from(
+            lambda slot, columns: logits[:, slot] if columns is None else logits[:, slot, list(columns)], some
+        )
+
+    def metric_from(self, read: Callable[[int, Sequence[int] | None], torch.Tensor], some: Sequence[int]) -> torch.Tensor:
+        """Compute the metric `[circuits, runs]`, with its gradient, from the logits that it reads.
+
+        Args:
+            read: a function from the number of a run among `some`, and the columns of the vocabulary or None for all, to
+                logits `[circuits, columns]`.
+            some: the indices of some equally long runs.
+        """
         (measure,) = self.read.measures.parts
         self._note_clean(some)
         values = []
         for slot, index in enumerate(some):
             correct, wrong = self.readings[index][1].correct, self.readings[index][1].wrong
-            columns = measure.columns(correct, wrong)
-            of_run = logits[:, slot] if columns is None else logits[:, slot, list(columns)]
+            of_run = read(slot, measure.columns(correct, wrong))
             values.append(measure.of(of_run, correct, wrong, self._clean.get(index)))
         return torch.stack(values, 1).double()
 

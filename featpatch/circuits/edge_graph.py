@@ -26,11 +26,13 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch import sites
-from featpatch.circuits.attribution import ESTIMATED_AT_ONCE, Point, sender_hooks, summed_scores
+from featpatch.circuits.attribution import ESTIMATED_AT_ONCE, Point
+from featpatch.circuits.edge_gradients import sender_hooks, summed_scores
 from featpatch.circuits.edge_runs import EdgeRuns, Run
 from featpatch.circuits.graph import announcing
 from featpatch.errors import FeatpatchError
-from featpatch.model.backward import modified
+from featpatch.model.backward import modified, under
+from featpatch.model.layer import head_from
 from featpatch.nodes import Edge, Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.ablation import Everywhere
@@ -196,20 +198,25 @@ class EdgeGraph(EdgeRuns):
         by_weights = None if self.mediators else self._projections
         if by_weights is None:
             return self._by_edge(some, points, weights, done)
-        hooks, size = sender_hooks(self.lens), max(1, ESTIMATED_AT_ONCE // len(self.runs[some[0]]))
+        size = max(1, ESTIMATED_AT_ONCE // len(self.runs[some[0]]))
         parts = [slice(start, start + size) for start in range(0, len(some), size)]
-        same = self._fixed(some, hooks) if self.others(some[:1]) is None else None
+        same = self._fixed(some, sender_hooks(self.lens)) if self.others(some[:1]) is None else None
+        head = under(head_from(self.lens.model), points[0].rules)
         total, values = self._zeros(len(self.items)), self._zeros(len(points), len(some))
         for rows in parts:
-            others, numbers = self.others(some[rows]), self._regions_of(some[rows])
+            numbers, others = self._regions_of(some[rows]), self.others(some[rows])
             regions = None if numbers is None else numbers[..., None] == torch.arange(len(self.regions.names))
-            ablated = same if others is None else self.lens.read(others, hooks)
+            ablated = same if others is None else others
             assert ablated is not None
 
-            def measure(part: slice, logits: torch.Tensor, rows: slice = rows) -> torch.Tensor:
-                found = self._differentiable(self.metric_of(logits, some[rows]))
+            def measure(part: slice, final: torch.Tensor, rows: slice = rows) -> torch.Tensor:
+                def logits(slot: int, columns: Sequence[int] | None) -> torch.Tensor:
+                    read = None if columns is None else torch.tensor(columns, device=head.weight.device)
+                    return head(final[:, slot], read)
+
+                found = self._differentiable(self.metric_from(logits, some[rows]))
                 values[part, rows] = found.detach().cpu()
-                return found * weights[part, rows].to(logits.device)
+                return found * weights[part, rows].to(found)
 
             prompts = self.prompts(some[rows])
             found = summed_scores(self.lens, by_weights, *prompts, measure, points, ablated, done, regions)

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featpatch import sites
-from featpatch.circuits.attribution import EMBEDDING, INSIDE
+from featpatch.circuits.attribution import EMBEDDING
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.mediators import Mediators, Place
 from featpatch.circuits.regions import Regions
+from featpatch.model.projections import INSIDE
 from featpatch.nodes import LOGITS, Edge, Node
 
 

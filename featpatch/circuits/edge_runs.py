@@ -9,17 +9,18 @@ from math import prod
 import torch
 
 from featpatch import sites
-from featpatch.circuits.attribution import EMBEDDING, INSIDE, sender_hooks
+from featpatch.circuits.attribution import EMBEDDING
+from featpatch.circuits.edge_gradients import sender_hooks
 from featpatch.circuits.edge_layout import EdgeLayout
 from featpatch.circuits.mediators import Place
 from featpatch.model.backward import LIVE, Rules, under
 from featpatch.model.layer import Norm
-from featpatch.model.projections import AttentionOutput, Projections, attention_outputs, projections_of
+from featpatch.model.projections import INSIDE, AttentionOutput, Projections, attention_outputs, projections_of
 from featpatch.nodes import LOGITS, Node
 from featpatch.sae.dictionary import Dictionary
 
 COMPARED = 6
-"""The number of tokens on which the weights of a model, read as a sum of parts, are compared with what the model computes."""
+"""The number of first tokens on which a model's weights, read as a sum of parts, are compared with what the model computes."""
 
 Written = dict[Node, torch.Tensor]
 """The output of each sender, `[circuits, pairs, pos, d_model]`."""
@@ -115,17 +116,17 @@ class EdgeRuns(EdgeLayout):
     @cached_property
     def _projections(self) -> list[Projections] | None:
         """The projections of each layer's attention by head; None if they can't be read and heads run through the model."""
-        return projections_of(self.lens, self._sample())
+        return projections_of(self.lens, self._sample(), COMPARED)
 
     @cached_property
     def _outputs(self) -> list[AttentionOutput | None]:
         """How each layer adds its heads to the residual stream; None for layers whose weights don't tell."""
-        return attention_outputs(self.lens, self._sample())
+        return attention_outputs(self.lens, self._sample()[:, :COMPARED])
 
     def _sample(self) -> torch.Tensor:
-        """Return the first tokens `[1, pos]` of one of the longest clean runs, on which weights are compared with the model."""
+        """Return the tokens `[1, pos]` of one of the longest clean runs, on which weights are compared with the model."""
         some = max(self._groups(), key=lambda group: len(self.runs[group[0]]))
-        return self.prompts(some[:1])[0][:, :COMPARED]
+        return self.prompts(some[:1])[0]
 
     def _norm(self, layer: int) -> Norm | None:
         """Return the norm after a layer's attention, if there is one."""

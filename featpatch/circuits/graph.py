@@ -255,7 +255,7 @@ class Graph(CleanRuns):
                     "zero in the unpatched clean run; use scores='eap_ig_inputs', 'eap_ig_activations' or 'exact', or another "
                     "metric"
                 )
-        points = points_of(scores, steps, self.components())
+        points = points_of(scores, steps, self.components)
         total = np.zeros(len(self.items))
         with torch.inference_mode(False):
             for some in self._groups():

@@ -23,7 +23,7 @@ from featpatch.engine.cost import plain_flops
 from featpatch.engine.patches import BaseRun, Block, Deltas, Unit
 from featpatch.engine.suffix import SuffixPath
 from featpatch.errors import FeatpatchError, FeatpatchWarning
-from featpatch.model.layer import UnsupportedError
+from featpatch.model.layer import UnsupportedError, product_rounding
 from featpatch.model.lens import Edit, Lens, added
 from featpatch.nodes import Combine
 
@@ -218,6 +218,6 @@ def _disagreement(fast: PatchPath, plain: PlainPath, run: BaseRun, hooks: Sequen
     block = Block("probe", run, deltas, combine)
     units = [Unit(0, block, number[row, None], int(first)) for row, first in enumerate(position)]
     found, true = (torch.cat(path.logits(units, [None] * PROBES)).double().cpu() for path in (fast, plain))
-    eps = torch.finfo(resid.dtype).eps
-    tolerance = (8 if eps > 1e-4 else 80) * max(eps, torch.finfo(torch.float32).eps) * true.abs().max().item()
+    rounding = max(product_rounding(resid.dtype, 80), 80 * torch.finfo(torch.float32).eps)
+    tolerance = rounding * true.abs().max().item()
     return float("inf") if not torch.isfinite(found).all() else (found - true).abs().max().item() / max(tolerance, 1e-30)

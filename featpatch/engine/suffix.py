@@ -63,26 +63,15 @@ def attend(
         scores[..., :prefix] = (rows.flatten(1, 2) @ base_k.permute(1, 2, 0)).view(kv_heads, patches, -1, prefix)
     scores[..., prefix:] = rows @ k.transpose(-1, -2)
     scores = soft_capped(scores.mul_(layer.scale), layer.softcap)
-    hidden = _hidden(layer, queries, prefix + own, scores.device)
-    if hidden is not None:
-        scores.unflatten(2, (group, queries)).masked_fill_(hidden, -torch.inf)
+    unseen = layer.unseen(queries, prefix + own)
+    if unseen is not None:
+        scores.unflatten(2, (group, queries)).masked_fill_(unseen, -torch.inf)
     wide = scores.dtype if scores.dtype in (torch.float32, torch.float64) else torch.float32
     pattern = torch.softmax(scores, -1, dtype=wide).to(v.dtype)
     z = pattern[..., prefix:] @ v
     if prefix:
         z += (pattern[..., :prefix].flatten(1, 2) @ base_v.transpose(0, 1)).view_as(z)
     return z.unflatten(2, (group, queries)).permute(1, 3, 0, 2, 4).reshape(patches, queries, heads * width)
-
-
-def _hidden(layer: Layer, queries: int, keys: int, device: torch.device) -> torch.Tensor | None:
-    """Return which keys `[queries, keys]` are hidden from the queries; None if all are seen.
-
-    Later keys are hidden, and so are keys beyond the attention window.
-    """
-    if queries == 1 and (layer.window is None or keys <= layer.window):
-        return None
-    back = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return back < 0 if layer.window is None else (back < 0) | (back >= layer.window)
 
 
 Columns = Sequence[int] | None

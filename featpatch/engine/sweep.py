@@ -67,8 +67,14 @@ def trace_bytes(lens: Lens, layers: Sequence[int]) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the number of bytes that can still be allocated on a device."""
-    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+    """Return the number of bytes that can still be allocated on a device.
+
+    On a GPU, PyTorch keeps freed memory for itself, which the driver counts as used.
+    """
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + kept)
 
 
 def out_of_memory(error: BaseException) -> bool:

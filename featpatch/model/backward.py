@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
+from jaxtyping import Float
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.model.layer import ACTIVATIONS, Head, Layer, Norm, hidden, norm_of
+from featpatch.model.layer import ACTIVATIONS, Head, Layer, Norm, hidden, norm_of, soft_capped
 from featpatch.model.lens import Edit, Lens
 from featpatch.threads import editing, in_this_thread
 
@@ -82,7 +83,7 @@ def under(part: Layer, rules: Rules) -> Layer: ...
 @overload
 def under(part: Head, rules: Rules) -> Head: ...
 def under(part: Norm | Layer | Head | None, rules: Rules) -> Norm | Layer | Head | None:
-    """Return a part of a model as row-wise functions, with the gradients of rules; attention is not among these functions."""
+    """Return a part of a model as row-wise functions, with the gradients of rules; for attention, see `attend`."""
     if isinstance(part, Norm):
         return replace(part, frozen=rules.norms)
     if isinstance(part, Head):
@@ -92,6 +93,38 @@ def under(part: Norm | Layer | Head | None, rules: Rules) -> Norm | Layer | Head
         mlp = part.mlp and replace(part.mlp, scaled=rules.activations, halved=rules.products)
         return replace(part, mlp=mlp, **norms)
     return None
+
+
+def attend(
+    layer: Layer,
+    q: Float[torch.Tensor, "prompts queries heads d_head"],
+    k: Float[torch.Tensor, "prompts pos kv_heads d_head"],
+    v: Float[torch.Tensor, "prompts pos kv_heads d_head"],
+    rules: Rules,
+) -> Float[torch.Tensor, "prompts queries heads d_head"]:
+    """Return the outputs of heads, with the gradients of rules.
+
+    Args:
+        layer: the layer, with norms under the same rules.
+        q: the queries of the last positions, as projected.
+        k, v: the keys and values of all positions, as projected; several heads may share them.
+        rules: the rules for the factors and patterns of attention.
+    """
+    if rules.factors:
+        q, k, v = _half(q), _half(k), _half(v)
+    positions, shared = torch.arange(k.shape[1], device=k.device), q.shape[2] // k.shape[2]
+    rows = layer.placed(q.flatten(0, 1), layer.query_norm, positions[-q.shape[1] :].repeat(len(q))).view_as(q)
+    keys = layer.placed(k.flatten(0, 1), layer.key_norm, positions.repeat(len(k))).view_as(k)
+    rows, keys, values = (x.transpose(1, 2) for x in (rows, keys, v))
+    if shared > 1:
+        keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
+    scores, unseen = soft_capped(rows @ keys.mT * layer.scale, layer.softcap), layer.unseen(q.shape[1], k.shape[1])
+    if unseen is not None:
+        scores = scores.masked_fill(unseen, -torch.inf)
+    pattern = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+    if rules.patterns != "live":
+        pattern = pattern.detach() if rules.patterns == "frozen" else _softened(pattern)
+    return ((_half(pattern) if rules.factors else pattern) @ values).transpose(1, 2)
 
 
 @contextmanager

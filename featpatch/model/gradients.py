@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 
-from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Edit, Lens, answering, check_read
 
@@ -35,7 +34,6 @@ def gradients(
     *,
     reads: Sequence[str] = (),
     stopped: Sequence[str] = (),
-    head: Callable[[Float[torch.Tensor, "batch d_model"]], Float[torch.Tensor, "batch d_vocab"]] | None = None,
 ) -> Differentiated:
     """Apply `measure` to the logits at each prompt's answer, and compute its gradients at some hook points.
 
@@ -47,8 +45,6 @@ def gradients(
         measure: a differentiable function from logits to one value per prompt.
         reads: hook points whose activations are returned too.
         stopped: hook points whose activations pass no gradient on.
-        head: the map from the final residual stream to logits; by default the model's own, which may be slow because
-            TransformerLens copies the unembedding in each pass.
 
     Raises:
         FeatpatchError: a hook did not fire, or the measure has no gradient.
@@ -80,12 +76,8 @@ def gradients(
             stack.enter_context(lens.edit(name, torch.Tensor.detach))
         for name in carried:
             stack.enter_context(lens.edit(lens.carrier(name), leaf(name)))
-        if head is None:
-            with answering(lens.model.unembed, answers):
-                values = measure(lens.run(tokens)[:, 0])
-        else:
-            final = _final(lens, tokens)
-            values = measure(head(final[torch.arange(len(answers)), answers.to(final.device)]))
+        with answering(lens.model.unembed, answers):
+            values = measure(lens.run(tokens)[:, 0])
         total = values.sum()
     check_read(reads, activations)
     if set(leaves) != set(hooks) or not (values.requires_grad or stopped):
@@ -99,13 +91,6 @@ def gradients(
     kept = zip(leaves.items(), found, strict=True)
     gradients = {name: torch.zeros_like(x, requires_grad=False) if g is None else g for (name, x), g in kept}
     return Differentiated(values.detach(), gradients, activations)
-
-
-def _final(lens: Lens, tokens: Int[torch.Tensor, "rows pos"]) -> Float[torch.Tensor, "rows pos d_model"]:
-    """Return the final residual stream, with its gradient and after all edits, without a pass through the unembedding."""
-    with lens.ending_at(sites.resid_post(lens.n_layers - 1)) as found:
-        lens.run(tokens)
-    return found[0]
 
 
 def pull(

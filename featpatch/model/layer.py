@@ -8,15 +8,16 @@ A row is one position of one prompt, `[rows, d_model]`. The weights are the mode
 their layout allows it. `build` converts a TransformerLens model.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 Rows = Float[torch.Tensor, "rows d"]
+Hidden = Float[torch.Tensor, "rows d_mlp"]
 Heads = Float[torch.Tensor, "rows heads d_head"]
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -28,6 +29,30 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 """Activation functions by the names that TransformerLens and Hugging Face use."""
+
+
+REDUCED = {"high": 2**-10, "medium": 2**-7}
+"""The precision to which PyTorch may round float32 in matrix products (TF32, bfloat16), by its `float32_matmul_precision`."""
+
+
+def product_rounding(dtype: torch.dtype, units: int) -> float:
+    """Return the accepted deviation of matrix products from each other by rounding, as a share of the largest value.
+
+    PyTorch can be set to round float32 to TF32 or bfloat16 in matrix products, see `torch.set_float32_matmul_precision`. Rows
+    that are multiplied together then differ from rows that are multiplied one by one as if the model had fewer bits.
+
+    Args:
+        dtype: the dtype of the numbers that are multiplied.
+        units: the deviation in units of the dtype's precision; at most 8 if it has as few bits as TF32.
+    """
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float32:
+        try:
+            precision = torch.get_float32_matmul_precision()
+        except RuntimeError:  # set for one backend alone, which PyTorch refuses to describe by one word
+            precision = "high"
+        eps = max(eps, REDUCED.get(precision, 0.0))
+    return float(eps * (min(units, 8) if eps > 1e-4 else units))
 
 
 class UnsupportedError(Exception):
@@ -157,12 +182,19 @@ class Mlp:
     scaled: bool = False
     halved: bool = False
 
-    def __call__(self, x: Rows) -> Rows:
-        """Apply the MLP to rows."""
-        if self.gate is None:
-            return self.out(hidden(self.activation, self.into(x), scaled=self.scaled))
-        inner = hidden(self.activation, self.gate(x), x @ self.into.weight, scaled=self.scaled, halved=self.halved)
-        return self.out(inner if self.into.bias is None else inner + self.into.bias)
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The maps to the input of the activation function and, in a gated MLP, to the other factor."""
+        return (self.into,) if self.gate is None else (self.gate, Linear(self.into.weight, None))
+
+    def hidden(self, inner: Sequence[Hidden]) -> Hidden:
+        """Return the hidden layer from what the maps `inputs` return."""
+        found = hidden(self.activation, *inner, scaled=self.scaled, halved=self.halved)
+        return found if self.gate is None or self.into.bias is None else found + self.into.bias
+
+    def written(self, inner: Sequence[Hidden]) -> Rows:
+        """Return the output from what the maps `inputs` return."""
+        return self.out(self.hidden(inner))
 
 
 @dataclass(frozen=True)
@@ -237,11 +269,11 @@ class Layer:
 
     def queries(self, y: Rows, positions: Int[torch.Tensor, " rows"]) -> Heads:
         """Return the queries of each head, normed and rotated."""
-        return self._placed(self._split(self.query(y)), self.query_norm, positions)
+        return self.placed(self._split(self.query(y)), self.query_norm, positions)
 
     def keys_values(self, y: Rows, positions: Int[torch.Tensor, " rows"]) -> tuple[Heads, Heads]:
         """Return the keys of each head, normed and rotated, and the values."""
-        return self._placed(self._split(self.key(y)), self.key_norm, positions), self._split(self.value(y))
+        return self.placed(self._split(self.key(y)), self.key_norm, positions), self._split(self.value(y))
 
     def attention_output(self, z: Float[torch.Tensor, "rows width"]) -> Rows:
         """Return what attention adds to the residual stream; z holds the heads side by side."""
@@ -250,17 +282,36 @@ class Layer:
 
     def mlp_output(self, x: Rows) -> Rows:
         """Return what the MLP adds to the residual stream that it reads."""
-        if self.mlp is None:
-            return torch.zeros_like(x)
-        out = self.mlp(x if self.norm2 is None else self.norm2(x))
+        return torch.zeros_like(x) if self.mlp is None else self.mlp_written(self.mlp_inner(x))
+
+    def mlp_inner(self, x: Rows) -> list[Hidden]:
+        """Return the inputs of the MLP's activation function and other factor, see `Mlp.inputs`; none if there is no MLP."""
+        y = x if self.norm2 is None else self.norm2(x)
+        return [] if self.mlp is None else [linear(y) for linear in self.mlp.inputs]
+
+    def mlp_written(self, inner: Sequence[Hidden]) -> Rows:
+        """Return what the MLP adds to the residual stream from the inputs of its hidden layer."""
+        assert self.mlp is not None
+        out = self.mlp.written(inner)
         return out if self.post2 is None else self.post2(out)
+
+    def placed(self, x: Heads, norm: Norm | None, positions: Int[torch.Tensor, " rows"]) -> Heads:
+        """Return queries or keys as projected, normed and rotated by the positions of their rows."""
+        x = x if norm is None else norm(x)
+        return x if self.rotation is None else self.rotation(x, positions)
+
+    def unseen(self, queries: int, keys: int) -> Bool[torch.Tensor, "queries keys"] | None:
+        """Return which keys are hidden from the last queries; None if all are seen.
+
+        Later keys are hidden, and so are keys beyond the attention window.
+        """
+        if queries == 1 and (self.window is None or keys <= self.window):
+            return None
+        back = torch.arange(keys - queries, keys, device=self.device)[:, None] - torch.arange(keys, device=self.device)
+        return back < 0 if self.window is None else (back < 0) | (back >= self.window)
 
     def _split(self, flat: Rows) -> Heads:
         return flat.unflatten(-1, (-1, self.d_head))
-
-    def _placed(self, x: Heads, norm: Norm | None, positions: torch.Tensor) -> Heads:
-        x = x if norm is None else norm(x)
-        return x if self.rotation is None else self.rotation(x, positions)
 
 
 def soft_capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -298,7 +349,7 @@ def build(model: Any, layers: Iterable[Layer]) -> Stack:
 
     Args:
         model: the model.
-        layers: its layers, each from `layer_from`; they are made only if the model has the right form.
+        layers: its layers, which are made only if the model has the right form.
 
     Raises:
         UnsupportedError: the model does not have the form described above.
@@ -314,68 +365,7 @@ def build(model: Any, layers: Iterable[Layer]) -> Stack:
 def head_from(model: Any) -> Head:
     """Return the map from the final residual stream to logits; unlike the layers, every model has one of this form."""
     cfg, bias = model.cfg, getattr(model.unembed, "b_U", None)
-    return Head(norm_of(getattr(model, "ln_final", None), cfg), model.unembed.W_U, bias, _positive(cfg.output_logits_soft_cap))
-
-
-def layer_from(
-    block: Any, cfg: Any, *, scale: float, softcap: float | None, window: int | None, rotation: Rotation | None
-) -> Layer:
-    """Convert a layer of a model, given the attention settings that the two model classes keep in different places.
-
-    Args:
-        block, cfg: the layer and the configuration of the model.
-        scale, softcap, window, rotation: those of `Layer`; a soft-cap of 0 means none.
-
-    Raises:
-        UnsupportedError: the layer does not have the form described above.
-    """
-    attn = block.attn
-    try:
-        projections = [
-            Linear(weight.permute(1, 0, 2).flatten(1), None if bias is None else bias.flatten())  # heads side by side
-            for weight, bias in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V))
-        ]
-        out = Linear(attn.W_O.flatten(0, 1), attn.b_O)
-    except AttributeError as error:
-        raise UnsupportedError(f"attention without separate weights ({error})") from error
-    except NotImplementedError as error:
-        raise UnsupportedError("quantised weights, which can be run but not read") from error
-    return Layer(
-        norm1=norm_of(getattr(block, "ln1", None), cfg),
-        query=projections[0],
-        key=projections[1],
-        value=projections[2],
-        query_norm=norm_of(getattr(attn, "q_norm", None), cfg),
-        key_norm=norm_of(getattr(attn, "k_norm", None), cfg),
-        rotation=rotation,
-        d_head=int(cfg.d_head),
-        scale=scale,
-        softcap=_positive(softcap),
-        window=window,
-        out=out,
-        post1=norm_of(getattr(block, "ln1_post", None), cfg),
-        norm2=norm_of(getattr(block, "ln2", None) or (getattr(block, "ln1", None) if cfg.parallel_attn_mlp else None), cfg),
-        mlp=_mlp(getattr(block, "mlp", None), cfg),
-        post2=norm_of(getattr(block, "ln2_post", None), cfg),
-        parallel=bool(cfg.parallel_attn_mlp),
-    )
-
-
-def _mlp(mlp: Any, cfg: Any) -> Mlp | None:
-    if mlp is None:
-        return None
-    if cfg.act_fn not in ACTIVATIONS:
-        raise UnsupportedError(f"activation function {cfg.act_fn!r}")
-    try:
-        gate = getattr(mlp, "W_gate", None)
-        into, out = Linear(mlp.W_in, mlp.b_in), Linear(mlp.W_out, mlp.b_out)
-    except AttributeError as error:
-        raise UnsupportedError(f"an MLP without the standard weights ({error})") from error
-    except NotImplementedError as error:
-        raise UnsupportedError("quantised weights, which can be run but not read") from error
-    if into.weight is None or into.weight.dim() != 2:
-        raise UnsupportedError("a mixture-of-experts MLP")
-    return Mlp(ACTIVATIONS[cfg.act_fn], None if gate is None else Linear(gate, None), into, out)
+    return Head(norm_of(getattr(model, "ln_final", None), cfg), model.unembed.W_U, bias, softcap_of(cfg.output_logits_soft_cap))
 
 
 def norm_of(module: Any, cfg: Any) -> Norm | None:
@@ -395,5 +385,6 @@ def norm_of(module: Any, cfg: Any) -> Norm | None:
     return Norm(centred, weight, getattr(original, "bias", None), float(eps))
 
 
-def _positive(softcap: float | None) -> float | None:
+def softcap_of(softcap: float | None) -> float | None:
+    """Return a soft-cap of a configuration; None if it is not positive, which means that there is none."""
     return float(softcap) if softcap is not None and softcap > 0 else None

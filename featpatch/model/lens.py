@@ -250,8 +250,15 @@ class Lens(Model, ABC):
         check_read(hooks, activations)
         return activations, entering
 
+    @torch.no_grad()
+    def embedded(self, tokens: Int[torch.Tensor, "rows pos"]) -> Float[torch.Tensor, "rows pos d_model"]:
+        """Return the residual stream that enters the first layer, without running the layers."""
+        with self._ending_at(sites.resid_pre(0)) as found:
+            self.run(tokens.to(self.device))
+        return found[0]
+
     @contextmanager
-    def ending_at(self, hook: str) -> Iterator[list[torch.Tensor]]:
+    def _ending_at(self, hook: str) -> Iterator[list[torch.Tensor]]:
         """End the forward pass inside the block at a hook point, and put the activation there into the list."""
         found: list[torch.Tensor] = []
 
@@ -303,7 +310,7 @@ class Lens(Model, ABC):
         self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str
     ) -> torch.Tensor:
         """Run one layer up to a hook point, see `through`, and keep the gradient."""
-        with self.ending_at(hook) as found:
+        with self._ending_at(hook) as found:
             self._run_alone(layer, resid, tokens.to(self.device))
         return found[0]
 

@@ -1,17 +1,24 @@
 """How attention and MLPs of a TransformerLens model write to the residual stream, and what each of their heads reads.
 
+Because each head has its own projections, it can read an input of its own, and gradients are computed from the weights: from
+what a layer adds to what each of its receivers (a head's query, key or value, and the MLP) reads.
+
 Each form is compared with the activations of the model before it is used.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 
 from featpatch import sites
+from featpatch.model.backward import LIVE, Rules, attend, under
 from featpatch.model.layer import Layer, Norm, UnsupportedError, norm_of
 from featpatch.model.lens import Lens
+
+INSIDE = ("q", "k", "v")
+"""The inputs of an attention head that are receivers."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +98,18 @@ class Projections:
         into: the weights `[heads, d_model, d_head]` and biases `[heads, d_head]` of `"q"`, `"k"` and `"v"`.
         out: W_O, `[heads, d_head, d_model]`.
         bias: b_O, `[d_model]`.
+        rules: the rules of the backward pass.
     """
 
     layer: Layer
     into: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     out: torch.Tensor
     bias: torch.Tensor
+    rules: Rules = LIVE
+
+    def under(self, rules: Rules) -> "Projections":
+        """Return the same layer with the gradients of rules."""
+        return replace(self, layer=under(self.layer, rules), rules=rules)
 
     def project(
         self, name: str, streams: Float[torch.Tensor, "streams rows d_model"], which: Sequence[int]
@@ -112,21 +125,67 @@ class Projections:
         normed = self.layer.attention_input(streams.flatten(0, 1).to(weight)).unflatten(0, streams.shape[:2])
         return torch.baddbmm(bias[:, None], normed[list(which)], weight).transpose(0, 1)
 
+    def heads(self, x: Float[torch.Tensor, "rows d_model"]) -> list[Float[torch.Tensor, "rows _ d_head"]]:
+        """Return the queries, keys and values of all heads, which read the same residual stream."""
+        y, layer = self.layer.attention_input(x), self.layer
+        found = [linear(y).unflatten(-1, (-1, layer.d_head)) for linear in (layer.query, layer.key, layer.value)]
+        return [x[:, :: _repeats(x, len(self.into[name][0]))] for name, x in zip(INSIDE, found, strict=True)]
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Return the outputs of heads from queries, keys and values as projected, see `attend`."""
+        return attend(self.layer, q, k, v, self.rules)
+
     def pull(
-        self, name: str, at: Float[torch.Tensor, "rows d_model"], gradient: Float[torch.Tensor, "rows heads d_head"]
-    ) -> Float[torch.Tensor, "heads rows d_model"]:
-        """Return the gradient with respect to what each head's query, key or value reads, from that with respect to itself."""
-        weight, _ = self.into[name]
-        of_normed = gradient.to(weight).transpose(0, 1) @ weight.transpose(1, 2)
-        found = _pulled(self.layer.attention_input, at.to(weight).repeat(len(weight), 1), of_normed.flatten(0, 1))
+        self, at: Float[torch.Tensor, "rows d_model"], gradients: Sequence[Float[torch.Tensor, "rows _ d_head"]]
+    ) -> Float[torch.Tensor, "receivers rows d_model"]:
+        """Return the gradient with respect to what each query, key and value reads, from those with respect to themselves."""
+        of_normed = torch.cat(
+            [gradient.transpose(0, 1) @ self.into[name][0].transpose(1, 2)
+             for name, gradient in zip(INSIDE, gradients, strict=True)]
+        )  # fmt: skip
+        (found,) = pulled(self.layer.attention_input, [at.repeat(len(of_normed), 1)], of_normed.flatten(0, 1))
         return found.unflatten(0, of_normed.shape[:2])
 
+    def pull_attention(
+        self,
+        q: Float[torch.Tensor, "prompts queries heads d_head"],
+        k: Float[torch.Tensor, "prompts pos kv_heads d_head"],
+        v: Float[torch.Tensor, "prompts pos kv_heads d_head"],
+        gradient: Float[torch.Tensor, "prompts queries heads d_head"],
+    ) -> list[torch.Tensor]:
+        """Return the gradients with respect to queries, keys and values from that with respect to the outputs of heads."""
+        return pulled(self.attend, [q, k, v], gradient)
+
+    def pull_outputs(
+        self, z: Float[torch.Tensor, "rows heads d_head"], gradient: Float[torch.Tensor, "rows d_model"]
+    ) -> Float[torch.Tensor, "rows heads d_head"]:
+        """Return the gradient with respect to the outputs of heads from that with respect to what attention adds."""
+        layer = self.layer
+        if layer.post1 is not None:
+            (gradient,) = pulled(layer.post1, [layer.out(z.flatten(1))], gradient)
+        return (gradient @ layer.out.weight.T).view_as(z)
+
     def pull_mlp(
-        self, at: Float[torch.Tensor, "rows d_model"], gradient: Float[torch.Tensor, "rows d_model"]
+        self,
+        at: Float[torch.Tensor, "rows d_model"],
+        inner: Sequence[Float[torch.Tensor, "rows d_mlp"]],
+        gradient: Float[torch.Tensor, "rows d_model"],
     ) -> Float[torch.Tensor, "rows d_model"]:
-        """Return the gradient with respect to what the MLP reads, from that with respect to its output."""
-        at = at.to(self.layer.device)
-        return _pulled(self.layer.mlp_output, at, gradient.to(at))
+        """Return the gradient with respect to what the MLP reads, from that with respect to its output.
+
+        Args:
+            at: what it reads.
+            inner: the inputs of its activation function and of the other factor, see `Layer.mlp_inner`.
+            gradient: the gradient with respect to its output.
+        """
+        layer, mlp = self.layer, self.layer.mlp
+        assert mlp is not None
+        if layer.post2 is not None:
+            (gradient,) = pulled(layer.post2, [mlp.written(inner)], gradient)
+        of_inner = pulled(lambda *inputs: mlp.hidden(inputs), inner, gradient @ mlp.out.weight.T)
+        of_normed = sum(of @ linear.weight.T for of, linear in zip(of_inner, mlp.inputs, strict=True))
+        assert isinstance(of_normed, torch.Tensor)
+        return of_normed if layer.norm2 is None else pulled(layer.norm2, [at], of_normed)[0]
 
     def outputs(self, z: Float[torch.Tensor, "rows heads d_head"]) -> Float[torch.Tensor, "heads rows d_model"]:
         """Return what each head writes, without the bias and in front of the norm after attention, if there is one."""
@@ -140,56 +199,76 @@ class Projections:
         return changes if norm is None else norm.push(changes, self.outputs(z).sum(0) + self.bias)
 
 
-def _pulled(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Return the gradient with respect to the argument of a function from that with respect to its value."""
+def pulled(function: Callable[..., torch.Tensor], at: Iterable[torch.Tensor], gradient: torch.Tensor) -> list[torch.Tensor]:
+    """Return the gradients with respect to the arguments of a function from that with respect to its value."""
     with torch.inference_mode(False), torch.enable_grad():
-        leaf = at.clone().requires_grad_()
-        value = function(leaf)
-        return gradient if value is leaf else torch.autograd.grad(value, leaf, gradient.clone())[0]
+        leaves = [x.detach().clone().requires_grad_() for x in at]
+        value = function(*leaves)
+        found = torch.autograd.grad(value, leaves, gradient.clone().to(value), allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
 
 @torch.no_grad()
-def projections_of(lens: Lens, tokens: Int[torch.Tensor, "prompts pos"]) -> list[Projections] | None:
+def projections_of(
+    lens: Lens, tokens: Int[torch.Tensor, "prompts pos"], compared: int | None = None
+) -> list[Projections] | None:
     """Return the projections of all layers; None if the model has no such form, or they do not give its activations.
 
     Args:
-        tokens: prompts on which the projections are compared with the model.
+        tokens: prompts on which the projections, attention and MLPs are compared with the model.
+        compared: the number of first tokens that are compared; by default, and if attention has a window, all of them.
     """
+    length = tokens.shape[1]
     try:
-        layers = lens.stack(tokens.shape[1], tokens.shape[1]).layers
+        layers = lens.stack(min(length, compared or length), length).layers
     except UnsupportedError:
         return None
-    names = ["resid_pre", "q", "k", "v", "z", "attn_out", *(() if lens.attention_only else ("mlp_out",))]
+    if not any(layer.window for layer in layers):
+        tokens = tokens[:, :compared]
+    names = ["resid_pre", *INSIDE, "z", "attn_out", *(() if lens.attention_only else ("mlp_out",))]
     hooks = [[sites.component(layer, name) for name in names] for layer in range(len(layers))]
     read = lens.read(tokens, [hook for of_layer in hooks for hook in of_layer])
     found = []
     for layer, of_layer in zip(layers, hooks, strict=True):
-        stream, *inside, z, output = (read[hook].flatten(0, 1) for hook in of_layer[:6])
-        into = {}
-        for name, values, linear in zip("qkv", inside, (layer.query, layer.key, layer.value), strict=True):
-            heads = values.shape[1]
-            weight, bias = (
-                None if given is None else given.unflatten(-1, (-1, layer.d_head)) for given in (linear.weight, linear.bias)
-            )
-            assert weight is not None
-            step = weight.shape[1] // heads  # weights of shared keys and values may be repeated for each head
-            weight = weight[:, ::step].transpose(0, 1)
-            into[name] = weight, weight.new_zeros(heads, layer.d_head) if bias is None else bias[::step]
-        out = layer.out.weight.unflatten(0, (z.shape[1], -1))
-        bias_out = out.new_zeros(out.shape[-1]) if layer.out.bias is None else layer.out.bias
-        made = Projections(layer, into, out, bias_out)
-        for name, values in zip("qkv", inside, strict=True):
-            if not _close(made.project(name, stream[None], [0] * values.shape[1]), values):
-                return None
-        written = made.outputs(z).sum(0) + made.bias
-        if not _close(written if layer.post1 is None else layer.post1(written), output):
+        made = _split(layer, *(read[hook].shape[2] for hook in of_layer[1:5]))
+        if not _gives(made, [read[hook] for hook in of_layer]):
             return None
-        for hook in of_layer[6:]:
-            below = stream if layer.parallel else stream + output.to(stream)
-            if not _close(layer.mlp_output(below.to(layer.device)), read[hook].flatten(0, 1)):
-                return None
         found.append(made)
     return found
+
+
+def _split(layer: Layer, queries: int, keys: int, values: int, outputs: int) -> Projections:
+    """Return the projections of a layer, given the numbers of queries, keys, values and outputs of its heads."""
+    into = {}
+    for name, heads, linear in zip(INSIDE, (queries, keys, values), (layer.query, layer.key, layer.value), strict=True):
+        weight, bias = (None if of is None else of.unflatten(-1, (-1, layer.d_head)) for of in (linear.weight, linear.bias))
+        assert weight is not None
+        step = weight.shape[1] // heads
+        weight = weight[:, ::step].transpose(0, 1)
+        into[name] = weight, weight.new_zeros(heads, layer.d_head) if bias is None else bias[::step]
+    out = layer.out.weight.unflatten(0, (outputs, -1))
+    return Projections(layer, into, out, out.new_zeros(out.shape[-1]) if layer.out.bias is None else layer.out.bias)
+
+
+def _repeats(x: Float[torch.Tensor, "rows heads d_head"], heads: int) -> int:
+    """Return how often each of some heads stands in `x`, because weights of shared keys and values may be repeated."""
+    return x.shape[1] // heads
+
+
+def _gives(made: Projections, read: Sequence[torch.Tensor]) -> bool:
+    """Return whether a layer gives the activations of the model, in the order of `projections_of`."""
+    entering, *inside, z, output = read[:6]
+    stream, layer = entering.flatten(0, 1).to(made.out), made.layer
+    for name, expected in zip(INSIDE, inside, strict=True):
+        if not _close(made.project(name, stream[None], [0] * expected.shape[2]), expected.flatten(0, 1)):
+            return False
+    if not _close(made.attend(*(x.to(made.out) for x in inside)), z):
+        return False
+    written = made.outputs(z.flatten(0, 1)).sum(0) + made.bias
+    if not _close(written if layer.post1 is None else layer.post1(written), output.flatten(0, 1)):
+        return False
+    below = stream if layer.parallel else stream + output.flatten(0, 1).to(stream)
+    return all(_close(layer.mlp_output(below), x.flatten(0, 1)) for x in read[6:])
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:

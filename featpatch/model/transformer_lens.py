@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.model.layer import Layer, Rotation, Stack, UnsupportedError, build, layer_from
+from featpatch.model.layer import ACTIVATIONS, Layer, Linear, Mlp, Rotation, Stack, UnsupportedError, build, norm_of, softcap_of
 from featpatch.model.lens import Edit, Fired, Lens, answering
 from featpatch.threads import exclusively, in_this_thread
 
@@ -73,7 +73,7 @@ class HookedLens(Lens):
     def _layer(self, block: Any, length: int) -> Layer:
         cfg, attn = self.model.cfg, block.attn
         rotary = cfg.positional_embedding_type == "rotary"
-        return layer_from(
+        return _layer_from(
             block,
             cfg,
             scale=1 / float(attn.attn_scale),
@@ -227,7 +227,7 @@ class BridgeLens(Lens):
         block, cfg = self.model.blocks[layer], self.model.cfg
         module = block.attn.original_component
         cos, sin = (turns.get(hook) for hook in sites.rotary(layer))
-        return layer_from(
+        return _layer_from(
             block,
             cfg,
             scale=float(getattr(module, "scaling", cfg.d_head**-0.5)),
@@ -237,6 +237,68 @@ class BridgeLens(Lens):
             if cos is None or sin is None
             else Rotation(cos[0], sin[0], adjacent=bool(getattr(cfg, "rotary_adjacent_pairs", False))),
         )
+
+
+def _layer_from(
+    block: Any, cfg: Any, *, scale: float, softcap: float | None, window: int | None, rotation: Rotation | None
+) -> Layer:
+    """Convert a layer of a model, given the attention settings that the two model classes keep in different places.
+
+    Args:
+        block, cfg: the layer and the configuration of the model.
+        scale, softcap, window, rotation: those of `Layer`; a soft-cap of 0 means none.
+
+    Raises:
+        UnsupportedError: the layer does not have the form described in `layer`.
+    """
+    attn = block.attn
+    try:
+        projections = [
+            Linear(weight.permute(1, 0, 2).flatten(1), None if bias is None else bias.flatten())  # heads side by side
+            for weight, bias in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V))
+        ]
+        out = Linear(attn.W_O.flatten(0, 1), attn.b_O)
+    except AttributeError as error:
+        raise UnsupportedError(f"attention without separate weights ({error})") from error
+    except NotImplementedError as error:
+        raise UnsupportedError("quantised weights, which can be run but not read") from error
+    return Layer(
+        norm1=norm_of(getattr(block, "ln1", None), cfg),
+        query=projections[0],
+        key=projections[1],
+        value=projections[2],
+        query_norm=norm_of(getattr(attn, "q_norm", None), cfg),
+        key_norm=norm_of(getattr(attn, "k_norm", None), cfg),
+        rotation=rotation,
+        d_head=int(cfg.d_head),
+        scale=scale,
+        softcap=softcap_of(softcap),
+        window=window,
+        out=out,
+        post1=norm_of(getattr(block, "ln1_post", None), cfg),
+        norm2=norm_of(getattr(block, "ln2", None) or (getattr(block, "ln1", None) if cfg.parallel_attn_mlp else None), cfg),
+        mlp=_mlp(getattr(block, "mlp", None), cfg),
+        post2=norm_of(getattr(block, "ln2_post", None), cfg),
+        parallel=bool(cfg.parallel_attn_mlp),
+    )
+
+
+def _mlp(mlp: Any, cfg: Any) -> Mlp | None:
+    """Convert the MLP of a layer; None if it has none."""
+    if mlp is None:
+        return None
+    if cfg.act_fn not in ACTIVATIONS:
+        raise UnsupportedError(f"activation function {cfg.act_fn!r}")
+    try:
+        gate = getattr(mlp, "W_gate", None)
+        into, out = Linear(mlp.W_in, mlp.b_in), Linear(mlp.W_out, mlp.b_out)
+    except AttributeError as error:
+        raise UnsupportedError(f"an MLP without the standard weights ({error})") from error
+    except NotImplementedError as error:
+        raise UnsupportedError("quantised weights, which can be run but not read") from error
+    if into.weight is None or into.weight.dim() != 2:
+        raise UnsupportedError("a mixture-of-experts MLP")
+    return Mlp(ACTIVATIONS[cfg.act_fn], None if gate is None else Linear(gate, None), into, out)
 
 
 @cache

@@ -241,7 +241,7 @@ class Means(Everywhere):
 
     Args:
         lens: the model.
-        given: an `ActivationCache` or a mapping of activations, as in `Lens.cached`.
+        given: an `ActivationCache` or a mapping of activations, as in `model.cached`.
     """
 
     def __init__(self, lens: Lens, given: Any) -> None:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 
 from featpatch.errors import FeatpatchError
+from featpatch.model.layer import product_rounding
 
 State = Mapping[str, torch.Tensor]
 """The parts of a state by name, tensors `[batch, pos, n]`."""
@@ -180,7 +181,7 @@ class Behaviour:
                 f"SAE {name!r} ({codec.kind}) returns NaN or infinite values for random activations: expected finite numbers; "
                 "check its weights, or load it in float32"
             )
-        same = _same if codec.dtype in (torch.bfloat16, torch.float16) else _close
+        same = _same if product_rounding(codec.dtype, 1) > 1e-4 else _close
         if not all(
             same(one[0], other[0]) and same(other[:, :-1], before)
             for one, other, before in zip(*map(_parts, (together, alone, upto)), strict=True)
@@ -199,7 +200,7 @@ class Behaviour:
             )
         scale = gain(codec, alone.state)
         return cls(
-            rowwise=all(map(_close, _parts(alone), rows)),
+            rowwise=all(map(same, _parts(alone), rows)),
             linear=codec.may_be_linear and _linear(codec, alone, scale),
             scaled=not torch.allclose(scale, torch.ones_like(scale), rtol=1e-3),
         )
@@ -236,7 +237,7 @@ def _linear(codec: Codec, code: Code, scale: torch.Tensor) -> bool:
     once, twice = (_adds(codec, code, times * change) for times in (1, 2))
     expected = scale * _adds(codec, reference(codec), change)
     largest = codec.decode(code.features, code.state).abs().max() + twice.abs().max()
-    tolerance = 64 * torch.finfo(once.dtype).eps * float(largest)
+    tolerance = product_rounding(once.dtype, 64) * float(largest)
     return bool(torch.cat([once - expected, twice - 2 * expected]).abs().max() <= tolerance)
 
 
@@ -259,7 +260,7 @@ def _at(state: State, position: int) -> State:
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two results differ by rounding alone."""
-    tolerance = 256 * torch.finfo(one.dtype).eps
+    tolerance = product_rounding(one.dtype, 256)
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(one.abs().max()))
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_choices
 from featpatch.model.facts import check_finite
+from featpatch.model.layer import product_rounding
 from featpatch.model.lens import Lens
 from featpatch.nodes import Combine, Node, Position
 from featpatch.sae.adapted import Adapted, AdaptedCodec
@@ -259,7 +260,7 @@ class Dictionary:
         added = (self.codec.decode(units, off.state) - self.codec.decode(off.features, off.state))[0, 0]
         expected = signs @ rows
         factor = (added @ expected) / (expected @ expected)
-        tolerance = ROUNDING * torch.finfo(rows.dtype).eps * self.codec.decode(units, off.state).abs().max()
+        tolerance = product_rounding(rows.dtype, ROUNDING) * self.codec.decode(units, off.state).abs().max()
         return rows * factor if (added - factor * expected).abs().max() <= tolerance else None
 
     def _probe(self, features: torch.Tensor, off: Code) -> torch.Tensor:

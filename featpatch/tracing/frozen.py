@@ -271,4 +271,5 @@ class FrozenPath:
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two activations are equal but for rounding in the precision of a model."""
     eps = max(torch.finfo(one.dtype).eps, torch.finfo(other.dtype).eps)
-    return bool((one - other.to(one)).abs().max() <= eps**0.5 * other.abs().max())
+    other = other.to(one)
+    return bool((one - other).abs().max() <= eps**0.5 * other.abs().max())

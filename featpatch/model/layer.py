@@ -5,7 +5,7 @@
     x_post = x_mid + post2(mlp(norm2(x_mid)))  in a parallel layer the MLP reads x instead of x_mid
 
 A row is one position of one prompt, `[rows, d_model]`. The weights are the model's own tensors, not copies, wherever
-their layout allows it. `build` converts a TransformerLens model.
+their layout allows it. The lenses convert the layers of a TransformerLens model, and `build` adds the map to logits.
 """
 
 from collections.abc import Callable, Iterable, Sequence

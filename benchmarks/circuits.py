@@ -33,7 +33,7 @@ from featpatch.circuits.attribution import Point, points_of
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.find import EXACT_WORK, exact_work
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 
 try:
     import eap.attribute

@@ -29,7 +29,7 @@ from .patching.controls import random_controls as random_controls
 from .patching.curves import top_k_curve as top_k_curve
 from .patching.diagnostics import diagnose as diagnose
 from .patching.do import do as do
-from .patching.runs import Noise as Noise
+from .patching.noise import Noise as Noise
 from .patching.sets import interactions as interactions, select_features as select_features
 from .ranking.graph_effects import graph_effects as graph_effects
 from .ranking.groups import group_features as group_features
@@ -45,7 +45,7 @@ from .sae.baselines import direction as direction
 from .sae.nodes import feature as feature
 from .sae.loading import load_sae as load_sae
 from .selfcheck import check as check
-from .sites import head as head
+from .components import head as head
 from .splicing import loss_recovered as loss_recovered
 from .steering.doses import dose_response as dose_response
 from .steering.steer import steer as steer

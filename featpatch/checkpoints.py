@@ -4,6 +4,7 @@ They are ordinary folders of Hugging Face, sae-lens and circuit-tracer, in `chec
 repository, and inside the package after installation from a wheel.
 """
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from featpatch.errors import FeatpatchError, check_numbers, is_integer
-from featpatch.files import sha256
 from featpatch.loading import Loaded, load
 from featpatch.pairs.fields import NEEDED, checked, pairs_of
 from featpatch.pairs.files import Rows, json_lines
@@ -151,7 +151,7 @@ def verify(root: Path) -> None:
             raise FeatpatchError(
                 f"checkpoint file {str(path)!r} is missing: restore it (git checkout checkpoints, or reinstall)"
             )
-        found = sha256(path.read_bytes())
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != expected:
             raise FeatpatchError(
                 f"checkpoint file {str(path)!r} has SHA-256 {found[:12]}...: expected {expected[:12]}...; the file is "

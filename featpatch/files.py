@@ -1,6 +1,5 @@
 """Read untrusted files safely, and write files completely or not at all."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -158,11 +157,6 @@ def lock(path: Path) -> Lock | None:
     except OSError:  # a file system without locks
         return None
     return found
-
-
-def sha256(content: bytes) -> str:
-    """Return the SHA-256 of some bytes in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
 
 
 def read_json(text: str) -> Any:

@@ -1,28 +1,21 @@
-"""Metrics: functions of the logits that return one value per row, without a mean over rows.
+"""Metrics: functions of the logits that return one value per row, without a mean over rows; and their gap.
 
-Larger values mean closer to the clean behaviour, so distances and ranks are negative.
+Larger values mean closer to the clean behaviour, so distances and ranks are negative. The gap of a metric is its value in the
+clean run minus that in the corrupted run; effects are shares of it, so it must not be near zero.
 """
 
-import inspect
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 
 from featpatch.errors import FeatpatchError
-
-Logits = Float[torch.Tensor, "rows d_vocab"]
-Values = Float[torch.Tensor, " rows"]
-
-Metric = Callable[[Logits, Sequence[int], Sequence[int]], Values]
-"""A metric `metric(logits, correct, wrong)`, given the logits at the answer position and the ids of correct and wrong answers.
-
-A function with one required argument is called as in TransformerLens instead: prompt by prompt, with logits `[1, 1, d_vocab]`,
-and returns one value."""
+from featpatch.metric_functions import FORMS, Logits, Metric, Values, called, name_of, reads_one_prompt
 
 FromClean = Callable[[Logits, Float[torch.Tensor, "1 d_vocab"]], Values]
 """A metric `metric(logits, clean)` that compares logits with those of the pair's clean run."""
@@ -30,16 +23,6 @@ FromClean = Callable[[Logits, Float[torch.Tensor, "1 d_vocab"]], Values]
 Needs = Literal["answers", "vocabulary", "clean"]
 """The logits that a metric reads: those of the answers, those of the vocabulary, or those of the vocabulary and of the clean
 run."""
-
-FORMS = (
-    "metric(logits [rows, d_vocab], correct, wrong) -> [rows], given the logits at the answer position and the answers' ids; "
-    "or metric(logits [1, 1, d_vocab]) -> one value, given one prompt's logits at its answer position, without answers or "
-    "clean logits of a batch stored in it"
-)
-"""The accepted forms of a metric function, for error messages."""
-
-ROUNDING = 1e-2
-"""Tolerated change of a prompt's metric by rounding when other prompts are in the batch, relative to its size."""
 
 
 def logit_diff(logits: Logits, correct: Sequence[int], wrong: Sequence[int]) -> Values:
@@ -240,9 +223,9 @@ def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = 
         FeatpatchError: no supported metric has this name, or the function does not take the arguments of a metric.
     """
     if callable(metric):
-        name = _name(metric)
-        alone = _reads_one_prompt(metric, name)
-        return Measure(name, partial(_called, metric, name, alone), "vocabulary", of_answers=not alone)
+        name = name_of(metric)
+        alone = reads_one_prompt(metric, name)
+        return Measure(name, partial(called, metric, name, alone), "vocabulary", of_answers=not alone)
     if not isinstance(metric, str) or metric not in MEASURES or metric in refused:
         every = (*MEASURES, *SEQUENCES)
         what = f"not supported {use}" if metric in every else "unknown"
@@ -285,104 +268,35 @@ def together(
     return Measures(parts)
 
 
-def _name(metric: Metric) -> str:
-    """Return the name of a function, which must be the same in every process because journals and tables hold it."""
-    inner = metric.func if isinstance(metric, partial) else metric
-    return getattr(inner, "__name__", type(inner).__name__)
-
-
-def _reads_one_prompt(metric: Metric, name: str) -> bool:
-    """Return whether a function takes only logits, as in TransformerLens, judging by its signature.
-
-    Otherwise it takes correct and wrong answers too. Optional arguments keep their defaults, unless they are named `correct`
-    and `wrong`.
-
-    Raises:
-        FeatpatchError: the signature is unknown, or matches neither form.
-    """
-    try:
-        signature = inspect.signature(metric.forward if isinstance(metric, torch.nn.Module) else metric)
-    except (TypeError, ValueError) as error:
-        raise FeatpatchError(f"metric {name!r} has no readable signature ({error}): expected a function {FORMS}") from error
-    parameters = list(signature.parameters.values())
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in positional if p.default is p.empty]
-    any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    by_name = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
-    of_answers = any_number or [p.name for p in positional[1:3]] == ["correct", "wrong"]
-    if positional and len(required) < 2 and not of_answers and not by_name:
-        return True
-    if by_name or len(required) > 3 or (len(positional) < 3 and not any_number):
-        raise FeatpatchError(f"metric {name!r} takes {signature}: expected a function {FORMS}")
-    return False
-
-
-def _called(
-    metric: Callable[..., Any], name: str, one_prompt: bool, logits: torch.Tensor, correct: Sequence[int], wrong: Sequence[int]
-) -> Any:
-    """Call a user's function on logits `[rows, d_vocab]`, prompt by prompt if it takes only logits."""
-
-    def call(given: torch.Tensor, *answers: Sequence[int]) -> Any:
-        try:
-            return metric(given, *answers)
-        except Exception as error:
-            raise FeatpatchError(
-                f"metric {name!r} failed on logits of shape {list(given.shape)} ({type(error).__name__}: {error}): expected "
-                f"{FORMS}"
-            ) from error
-
-    if not one_prompt:
-        return call(logits, correct, wrong)
-    values = [_single(call(row[None, None]), name, row) for row in logits]
-    with torch.no_grad():
-        _check_alone(call, name, logits[0].detach(), values[0].detach())
-    return torch.stack(values)
-
-
-def _single(value: Any, name: str, row: torch.Tensor) -> torch.Tensor:
-    """Convert the value of one prompt to a tensor without axes.
-
-    Raises:
-        FeatpatchError: the value is not a single real number.
-    """
-    found = torch.tensor(value, dtype=torch.float64) if isinstance(value, (int, float)) else value
-    if not isinstance(found, torch.Tensor) or found.numel() != 1 or found.is_complex():
-        what = f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
-        raise FeatpatchError(f"metric {name!r} returned {what} for logits of shape {[1, 1, len(row)]}: expected {FORMS}")
-    return found.reshape(())
-
-
-def _check_alone(call: Callable[[torch.Tensor], Any], name: str, row: torch.Tensor, value: torch.Tensor) -> None:
-    """Check that a function does not store the answers or clean logits of a whole batch.
-
-    One prompt would be broadcast to them. The function is called on two and three prompts, made by reordering the logits, and
-    must return the value of each prompt, or their mean, their sum, or the first. It is also called on two and three positions,
-    which must not fail on a shape. Both numbers are tried because the stored batch may have the size of one of them.
-
-    Raises:
-        FeatpatchError: the function returns something else, or fails on a shape.
-    """
-    rows = torch.stack([row, row.flip(0), row.roll(1)])
-    alone = [value, *(_single(call(other[None, None]), name, other) for other in rows[1:])]
-    for n in (2, 3):
-        each, batched = torch.stack(alone[:n]).double(), call(rows[:n, None])
-        if isinstance(batched, torch.Tensor) and batched.is_complex():
-            raise FeatpatchError(f"metric {name!r} returned {batched.dtype} for {n} prompts: expected {FORMS}")
-        found = torch.as_tensor(batched).to(each).flatten() if isinstance(batched, (int, float, torch.Tensor)) else each[:0]
-        accepted = {n: [each], 1: [each.mean()[None], each.sum()[None], each[:1]]}.get(len(found), [])
-        tolerance = ROUNDING * float(each.abs().max())
-        if not any(torch.allclose(found, values, rtol=0, atol=tolerance, equal_nan=True) for values in accepted):
-            raise FeatpatchError(
-                f"metric {name!r} returns {each.tolist()} for {n} prompts one at a time and {found.tolist()} for them in one "
-                f"batch: expected {FORMS}; to measure the divergence from the clean run, use 'neg_kl'"
-            )
-        try:
-            call(rows[None, :n])
-        except FeatpatchError as error:
-            if re.search("must match|broadcast", str(error.__cause__)):
-                raise
-
-
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """Return the log-softmax over the vocabulary, in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+NEAR_ZERO = 1e-3
+"""A mean gap below this share of the metric's size is refused, and a pair with such a gap has no ratio of its own."""
+
+
+def size(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> float:
+    """Return the size of the metric: the mean of its absolute values in the clean or corrupted runs, the larger one."""
+    return float(max(np.abs(clean).mean(), np.abs(corrupted).mean()))
+
+
+def with_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return a mask of the pairs whose gap is large enough for a ratio, `[pairs]`."""
+    result: NDArray[np.bool_] = np.abs(clean - corrupted) > NEAR_ZERO * size(clean, corrupted)
+    return result
+
+
+def check_gap(metric: str, clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> None:
+    """Check that the mean gap is large enough for a ratio.
+
+    Raises:
+        FeatpatchError: the mean of `clean - corrupted` is near zero.
+    """
+    gap = float(np.mean(clean - corrupted))
+    if abs(gap) <= NEAR_ZERO * size(clean, corrupted):
+        raise FeatpatchError(
+            f"{metric} is {clean.mean():.6g} on clean and {corrupted.mean():.6g} on corrupted prompts, a mean gap of "
+            f"{gap:.3g}: expected a gap large enough to normalise effects by; choose corruptions that change the answer"
+        )

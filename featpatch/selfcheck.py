@@ -14,10 +14,10 @@ from jaxtyping import Bool
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
+from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
-from featpatch.model.stack import processing_steps
+from featpatch.model.loading import processing_steps
 from featpatch.model.transformer_lens import wrap
-from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.sae.dictionary import Dictionary, dictionaries

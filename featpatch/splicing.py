@@ -18,14 +18,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from featpatch.descriptions import Document, ids_of, together
-from featpatch.effects.statistics import NEAR_ZERO
 from featpatch.errors import FeatpatchError
 from featpatch.frame import Frame
+from featpatch.metrics import NEAR_ZERO
+from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens, added
 from featpatch.model.transformer_lens import wrap
-from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.pairs import Pairs
-from featpatch.sae.dictionary import Dictionary, Split, dictionaries
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.untrusted import visible
 
 

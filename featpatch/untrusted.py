@@ -2,7 +2,6 @@
 
 import re
 from html import escape
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,14 +37,6 @@ def for_spreadsheets(frame: "pd.DataFrame") -> "pd.DataFrame":
 
 def _cell(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULAS) else value
-
-
-def without_folder(name: str) -> str:
-    """Reduce a local path to its last part, for files that are passed on; keep a name on the hub."""
-    for path in (PurePosixPath(name), PureWindowsPath(name)):
-        if path.anchor or {"..", "~"} & set(path.parts):
-            return path.name
-    return name
 
 
 def short(error: Exception) -> str:

@@ -7,12 +7,11 @@ import numpy as np
 import pandas as pd
 
 from featpatch import sites
-from featpatch.effects.statistics import size
+from featpatch.effects.collector import provenance
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, is_number
-from featpatch.metrics import MEASURES, SEQUENCES
+from featpatch.metrics import MEASURES, SEQUENCES, size
 from featpatch.model.lens import Lens
-from featpatch.model.provenance import provenance
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Edge, Node
 from featpatch.pairs.pairs import Pairs, check_pairs

@@ -14,9 +14,9 @@ from featpatch.effects.plots import tick
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.frame import Frame
+from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.model.vocabulary import check_tokens
 from featpatch.nodes import Effect, Node, Position
 from featpatch.pairs.pair import Pair, token_index
 from featpatch.pairs.pairs import Pairs

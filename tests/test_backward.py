@@ -17,9 +17,11 @@ from transformers import OPTConfig, OPTForCausalLM
 import featpatch as fp
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.model.backward import FROZEN, RULES, Rules, modified
-from featpatch.model.lens import Differentiated, Lens
+from featpatch.model.gradients import Differentiated
+from featpatch.model.gradients import gradients as backpropagated
+from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 
 EXACT, ROTARY = 1e-10, 1e-7
 """Hugging Face computes rotary embeddings in float32."""
@@ -60,7 +62,7 @@ def measure(logits: torch.Tensor) -> torch.Tensor:
 
 def taken(lens: Lens, hooks: list[str]) -> Differentiated:
     last = f"blocks.{lens.n_layers - 1}.hook_resid_post"
-    return lens.gradients(TOKENS, hooks, torch.full((3,), 5), measure, reads=[last])
+    return backpropagated(lens, TOKENS, hooks, torch.full((3,), 5), measure, reads=[last])
 
 
 @pytest.mark.usefixtures("wide")
@@ -255,7 +257,8 @@ def test_an_ablation_is_estimated_too(small: Small) -> None:
         table = fp.ablate(small.model, pairs_of(small), sites="z", layers=[1], to="zero", method=method, progress=False)
         lens, z = wrap(small.model), "blocks.1.attn.hook_z"
         with modified(lens, rules):
-            found = lens.gradients(
+            found = backpropagated(
+                lens,
                 small.clean,
                 [z],
                 torch.full((3,), 6),

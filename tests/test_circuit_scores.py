@@ -31,7 +31,7 @@ from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import NodeGraph
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 from featpatch.sae.dictionary import dictionaries
 
 SCORES = ["estimate", "eap_ig_inputs", "eap_ig_activations"]

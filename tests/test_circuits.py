@@ -19,7 +19,7 @@ from test_several_metrics import ANSWERS, long_pairs
 import featpatch as fp
 from featpatch.circuits.node_graph import NodeGraph
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 from featpatch.sae.dictionary import dictionaries
 
 OPTIONS: dict[str, Any] = {"progress": False}

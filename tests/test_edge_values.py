@@ -19,7 +19,7 @@ from featpatch.circuits.attribution import Point
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.regions import Regions
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 
 VALUES = ["corrupted", "zero", "mean", "mean_by_position", "resample"]
 MODELS = {"gpt2": lambda: small_hooked().model, "gemma2": HOOKED["gemma2"]}

@@ -19,7 +19,7 @@ from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.search import along_edges
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 
 OPTIONS: dict[str, Any] = {"over": "edges", "progress": False}
 BY_HAND = {"induction, value": lambda: induction("value"), "induction, key": lambda: induction("key"), "and": lambda: gates("and"),

@@ -23,7 +23,7 @@ from featpatch.engine.journal import Journal
 from featpatch.engine.patches import Deltas
 from featpatch.engine.suffix import SuffixPath
 from featpatch.engine.sweep import Sweep, batches
-from featpatch.model.digest import digest
+from featpatch.model.facts import digest
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.controls import RandomPart
 from featpatch.patching.features import feature_study

@@ -20,7 +20,7 @@ import featpatch as fp
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 from featpatch.sae.dictionary import dictionaries
 
 TRANSCODER = "blocks.1.ln2.hook_normalized -> blocks.1.hook_mlp_out"

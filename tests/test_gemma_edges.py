@@ -16,7 +16,7 @@ from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 from featpatch.sae.dictionary import dictionaries
 
 pytestmark = pytest.mark.usefixtures("wide")

@@ -13,9 +13,10 @@ PACKAGE = Path(featpatch.__file__).parent
 LAYERS = (
     ("untrusted",),
     ("errors", "console", "frame"),
-    ("files", "threads"),
+    ("files", "threads", "metric_functions"),
     ("page", "nodes"),
     ("sites", "metrics"),
+    ("components",),
     ("pairs", "diagram"),
     ("tasks", "model"),
     ("effects", "sae"),

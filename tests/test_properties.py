@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from small import FEATURES
 
 import featpatch as fp
-from featpatch.effects.statistics import check_gap, quadrant_labels
+from featpatch.effects.statistics import quadrant_labels
+from featpatch.metrics import check_gap
 from featpatch.model.transformer_lens import wrap
 from featpatch.sae.dictionary import dictionaries
 

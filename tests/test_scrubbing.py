@@ -16,7 +16,7 @@ import featpatch as fp
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.scrubbing import Scrubbed, _Run
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 
 EMBED = fp.Node("hook_embed", "activation")
 LENGTH = 8

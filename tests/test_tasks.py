@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import featpatch as fp
-from featpatch.pairs.pair import token_at
+from featpatch.pairs.labels import token_at
 from featpatch.tasks.template import Draft, fill, pair_of
 
 MODULES = {name: import_module(f"featpatch.tasks.{name}") for name in fp.tasks.TASKS}

@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import featpatch as fp
 from featpatch.model.layer import product_rounding
-from featpatch.model.projections import projections_of
-from featpatch.model.stack import attention_outputs
+from featpatch.model.projections import attention_outputs, projections_of
 from featpatch.model.transformer_lens import wrap
 from featpatch.sae.dictionary import dictionaries
 

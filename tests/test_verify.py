@@ -11,7 +11,7 @@ from small import Small, standard
 from test_sets import pairs_of
 
 import featpatch as fp
-from featpatch.effects.statistics import size
+from featpatch.metrics import size
 
 OPTIONS: dict[str, Any] = {"progress": False}
 

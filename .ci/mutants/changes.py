@@ -16,7 +16,7 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
 CORE = [
-    *("sae/codec", "sae/sae_lens", "sae/adapted", "sae/dictionary", "sae/hooks", "model/stack", "nodes"),
+    *("sae/codec", "sae/sae_lens", "sae/adapted", "sae/dictionary", "model/layer", "nodes"),
     *("patching/*", "engine/*", "attribution/*", "effects/measured", "effects/selection", "effects/statistics"),
     *("effects/table", "effects/frames", "effects/collector", "effects/storage", "effects/audit"),
 ]

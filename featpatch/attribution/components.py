@@ -16,11 +16,12 @@ import torch
 
 from featpatch.attribution.estimates import Estimates, Estimator, estimated, product
 from featpatch.attribution.gradients import SOURCE, Gradients, PairGradients
+from featpatch.components import check_components_and_layers
 from featpatch.effects.table import Effects
 from featpatch.model.lens import Lens
 from featpatch.nodes import Direction, Node
 from featpatch.pairs.pair import Positions, Wanted
-from featpatch.sites import WHOLE, by_position, check_components_and_layers, component
+from featpatch.sites import WHOLE, by_position, component
 
 
 @dataclass(frozen=True)

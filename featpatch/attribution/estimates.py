@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch.attribution.gradients import INPUT, Gradients, PairGradients
-from featpatch.effects.collector import Collector
-from featpatch.effects.statistics import check_gap
+from featpatch.effects.collector import Collector, measured_places, provenance
 from featpatch.effects.table import Effects
-from featpatch.model.provenance import measured_places, provenance
+from featpatch.metrics import check_gap
 from featpatch.nodes import Direction, Node
 from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans
 from featpatch.pairs.pairs import check_counterfactual

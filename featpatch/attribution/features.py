@@ -19,12 +19,13 @@ from featpatch.attribution.estimates import Estimates, Estimator, by_pair, estim
 from featpatch.attribution.gradients import SOURCE, Gradients, PairGradients
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.metrics import Metric
+from featpatch.metric_functions import Metric
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Combine, Direction, Kind, Node
 from featpatch.pairs.pair import Positions, Wanted, spans
 from featpatch.pairs.pairs import Pairs
-from featpatch.sae.dictionary import Dictionary, Split, combined_by, dictionaries
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary, combined_by, dictionaries
 from featpatch.sae.nodes import together
 
 

@@ -26,15 +26,18 @@ import torch
 from jaxtyping import Float, Int
 
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers
-from featpatch.metrics import SEQUENCES, Measure, Metric, find, one_metric
+from featpatch.metric_functions import Metric
+from featpatch.metrics import SEQUENCES, Measure, find, one_metric
 from featpatch.model.backward import LIVE, RULES, modified
+from featpatch.model.facts import check_tokens
+from featpatch.model.gradients import gradients
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.model.vocabulary import check_tokens
 from featpatch.nodes import DIRECTIONS, Direction, check_directions
 from featpatch.pairs.pair import Pair, check_answers
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.sae.dictionary import Dictionary, Split
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary
 from featpatch.sites import by_position, component, resid_pre
 
 LOCAL = ("atp", *RULES)
@@ -113,7 +116,7 @@ class Runs:
         for layer in range(self.lens.n_layers):
             stopped = [component(layer, name) for name in ("attn_out", "mlp_out")]
             there = [hook for hook in stopped if hook in self.lens.hook_points]
-            each.append(self.lens.gradients(self.tokens, sites, self.answers, self.measure, stopped=there).gradients)
+            each.append(gradients(self.lens, self.tokens, sites, self.answers, self.measure, stopped=there).gradients)
         return Taken({site: torch.stack([of_layer[site] for of_layer in each]) for site in sites}, {})
 
     def _along(
@@ -127,7 +130,7 @@ class Runs:
     def _at(self, moved: str, change: torch.Tensor, sites: Sequence[str]) -> tuple[Mapping[str, torch.Tensor], torch.Tensor]:
         """Return gradients and metric with a change added at the hook point `moved`."""
         with self.lens.edit(self.lens.carrier(moved), lambda x: x + change.reshape(x.shape).to(x)):
-            found = self.lens.gradients(self.tokens, sites, self.answers, self.measure)
+            found = gradients(self.lens, self.tokens, sites, self.answers, self.measure)
         return found.gradients, found.values
 
 
@@ -358,7 +361,7 @@ class _Batch:
                 self.activations[direction].update(self.of.lens.read(run.tokens, unread) if unread else {})
                 continue
             with modified(self.of.lens, RULES.get(method, LIVE)):
-                found = self.of.lens.gradients(run.tokens, missing, run.answers, run.measure, reads=unread)
+                found = gradients(self.of.lens, run.tokens, missing, run.answers, run.measure, reads=unread)
             if not all(torch.isfinite(g).all() for g in found.gradients.values()):
                 raise FeatpatchError(
                     f"the gradient of {self.of.measure.name} is NaN or infinite: expected finite numbers; check the metric"

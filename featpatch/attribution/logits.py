@@ -22,11 +22,11 @@ from featpatch.effects.plots import DIVERGING, GREY
 from featpatch.effects.statistics import interval
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers
 from featpatch.frame import Frame
-from featpatch.model.layer import Head
+from featpatch.model.facts import check_tokens
+from featpatch.model.layer import Head, head_from
 from featpatch.model.lens import Lens
-from featpatch.model.stack import AttentionOutput, attention_outputs, head_of, rounding, wide
+from featpatch.model.projections import AttentionOutput, attention_outputs, rounding, wide
 from featpatch.model.transformer_lens import wrap
-from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.sae.codec import gain
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
@@ -287,7 +287,7 @@ class _Reader:
                     "give what attention adds to the residual stream: expected readable weights of the standard form; leave it "
                     "out"
                 )
-        return cls(lens, pairs, found, metric, run, head_of(lens), outputs)
+        return cls(lens, pairs, found, metric, run, head_from(lens.model), outputs)
 
     def contributions(self, indices: list[int]) -> tuple[NDArray[np.float64], Iterator[tuple[Term, torch.Tensor]]]:
         """Return the logits of some pairs `[rows]`, and the contribution `[rows]` of every term."""

@@ -24,12 +24,13 @@ from featpatch.attribution.components import ComponentEstimator
 from featpatch.attribution.estimates import Estimates, Estimator, collected
 from featpatch.attribution.features import FeatureEstimator
 from featpatch.attribution.gradients import LOCAL, Gradients, PairGradients
-from featpatch.effects.statistics import check_gap
+from featpatch.effects.collector import provenance
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
+from featpatch.metrics import check_gap
 from featpatch.model.backward import LIVE, RULES, modified
+from featpatch.model.gradients import pull
 from featpatch.model.lens import Lens
-from featpatch.model.provenance import provenance
 from featpatch.nodes import LOGITS, Direction, Edge, Node, check_senders
 from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import check_counterfactual
@@ -291,7 +292,7 @@ class _Pulled:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         resid = self._rows(self._activation(sites.resid_pre(layer)))
         tokens = torch.tensor(self.of_pair.tokens(self.way)).expand(len(resid), -1)
-        gradient, inner = self.lens.pull(layer, resid, tokens, hook, weights, put)
+        gradient, inner = pull(self.lens, layer, resid, tokens, hook, weights, put)
         return gradient.to(self._home), {name: value.to(self._home) for name, value in inner.items()}
 
     @property

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from featpatch.errors import FeatpatchError, check_choices
 from featpatch.model.lens import Lens
 from featpatch.nodes import Position
+from featpatch.pairs.pair import Reading
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs, check_unmixed
 from featpatch.patching.ablation import AblationValues, Everywhere, OtherPrompts, Values, named_values
-from featpatch.patching.readings import Reading, Readout, readings_of
+from featpatch.patching.runs import Readout, readings_of
 from featpatch.sae.dictionary import Dictionary
 
 Array = NDArray[np.float64]

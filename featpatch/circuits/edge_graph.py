@@ -32,13 +32,13 @@ from featpatch.circuits.edge_runs import EdgeRuns, Run
 from featpatch.circuits.graph import announcing
 from featpatch.errors import FeatpatchError
 from featpatch.model.backward import modified, under
-from featpatch.model.stack import head_of
+from featpatch.model.layer import head_from
 from featpatch.nodes import Edge, Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.ablation import Everywhere
 from featpatch.patching.paths import EdgePart
-from featpatch.patching.readings import AtAnswer
 from featpatch.patching.route import Senders, receiver_of
+from featpatch.patching.runs import AtAnswer
 from featpatch.patching.study import Options, Study
 
 TOLERANCE = 1e-3
@@ -201,7 +201,7 @@ class EdgeGraph(EdgeRuns):
         size = max(1, ESTIMATED_AT_ONCE // len(self.runs[some[0]]))
         parts = [slice(start, start + size) for start in range(0, len(some), size)]
         same = self._fixed(some, sender_hooks(self.lens)) if self.others(some[:1]) is None else None
-        head = under(head_of(self.lens), points[0].rules)
+        head = under(head_from(self.lens.model), points[0].rules)
         total, values = self._zeros(len(self.items)), self._zeros(len(points), len(some))
         for rows in parts:
             numbers, others = self._regions_of(some[rows]), self.others(some[rows])

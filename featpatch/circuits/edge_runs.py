@@ -15,8 +15,7 @@ from featpatch.circuits.edge_layout import EdgeLayout
 from featpatch.circuits.mediators import Place
 from featpatch.model.backward import LIVE, Rules, under
 from featpatch.model.layer import Norm
-from featpatch.model.projections import INSIDE, Projections, projections_of
-from featpatch.model.stack import AttentionOutput, attention_outputs
+from featpatch.model.projections import INSIDE, AttentionOutput, Projections, attention_outputs, projections_of
 from featpatch.nodes import LOGITS, Node
 from featpatch.sae.dictionary import Dictionary
 

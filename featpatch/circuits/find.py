@@ -19,17 +19,17 @@ from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import Errors, NodeGraph
 from featpatch.circuits.regions import Regions
 from featpatch.circuits.search import acdc, alone, along_edges, by_threshold, check_threshold, greedily, run, to_resume
+from featpatch.effects.collector import provenance
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_number
-from featpatch.metrics import Metric
+from featpatch.metric_functions import Metric
 from featpatch.model.lens import Lens
-from featpatch.model.provenance import provenance
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import TOGETHER, Node, Patch, joint
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.patches import check_apart
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import check_nodes
 

@@ -19,14 +19,14 @@ from tqdm.auto import tqdm
 
 from featpatch.circuits.attribution import STEPPED, STEPS, Point, Scores, points_of
 from featpatch.circuits.clean_runs import Array, CleanRuns
-from featpatch.effects.statistics import check_gap
+from featpatch.effects.collector import provenance
 from featpatch.engine.journal import Journal, batch_key
 from featpatch.engine.sweep import LONG
 from featpatch.errors import FeatpatchError
 from featpatch.files import as_path
-from featpatch.model.provenance import provenance
+from featpatch.metrics import check_gap
 from featpatch.nodes import Node
-from featpatch.patching.readings import AtAnswer
+from featpatch.patching.runs import AtAnswer
 
 TOKENS_AT_ONCE = 4096
 """The largest number of tokens that go through the model together."""

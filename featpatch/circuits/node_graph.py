@@ -27,7 +27,8 @@ from featpatch.model.backward import modified
 from featpatch.model.lens import Edit, added
 from featpatch.nodes import Edge, Node
 from featpatch.patching.ablation import Everywhere
-from featpatch.sae.dictionary import Dictionary, Split
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary
 
 Errors = Literal["in", "out", "nodes"]
 """How error terms are treated: always kept, always ablated, or candidates like other nodes."""

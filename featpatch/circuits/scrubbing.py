@@ -18,14 +18,15 @@ from tqdm.auto import tqdm
 from featpatch import sites
 from featpatch.circuits.attribution import EMBEDDING
 from featpatch.circuits.edge_graph import EdgeGraph
-from featpatch.effects.statistics import check_gap, interval
+from featpatch.effects.statistics import interval
 from featpatch.errors import FeatpatchError, check_numbers
-from featpatch.metrics import Metric
+from featpatch.metric_functions import Metric
+from featpatch.metrics import check_gap
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Node
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs, check_counterfactual
-from featpatch.patching.readings import readout
+from featpatch.patching.runs import readout
 
 Label = Callable[[Pair], Hashable]
 """A function that returns the property of a pair's clean prompt on which a node is said to depend."""

@@ -165,7 +165,7 @@ def checked(pairs: Path, positions: str, direction: str, metric: list[str]) -> d
     Raises:
         FeatpatchError: there is no such file, or an option is unusable.
     """
-    from featpatch.patching.readings import readout
+    from featpatch.patching.runs import readout
 
     if not as_path(pairs).exists():
         raise FeatpatchError(f"--pairs {str(pairs)!r} does not exist: expected a JSON Lines file of pairs; check the path")
@@ -175,7 +175,7 @@ def checked(pairs: Path, positions: str, direction: str, metric: list[str]) -> d
 
 def components(sites: str, positions: str) -> dict[str, Any]:
     """Parse the option for components to the arguments `sites` and, if full names of hook points say which, `layers`."""
-    from featpatch.sites import check_components, named_with_layers
+    from featpatch.components import check_components, named_with_layers
 
     names = [name for name in sites.split(",") if name]
     chosen, layers = named_with_layers(names, spans(positions)) or (check_components(names, spans(positions)), None)

@@ -72,7 +72,7 @@ class Output:
         """
         if not (self.folder / EFFECTS).exists():
             return
-        from featpatch.model.provenance import provenance
+        from featpatch.effects.collector import provenance
         from featpatch.model.transformer_lens import wrap
         from featpatch.sae.dictionary import dictionaries
 

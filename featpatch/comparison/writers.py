@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
-from featpatch.model.stack import rounding, wide
+from featpatch.model.projections import rounding, wide
 from featpatch.nodes import Position
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs

@@ -1,19 +1,25 @@
-"""Collection of metric values from patched runs into a table of effects, with one row per node in order of appearance."""
+"""Collection of metric values into a table of effects, with one row per node, and of what the values depend on."""
 
+import hashlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from pathlib import Path
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+import featpatch
 from featpatch.effects.table import Effects
+from featpatch.model.lens import Lens
 from featpatch.nodes import DIRECTIONS, Direction, Effect, Node
-from featpatch.untrusted import without_folder
+from featpatch.pairs.pair import Positions, Wanted
+from featpatch.pairs.pairs import Pairs
 
 
 @dataclass(frozen=True)
@@ -145,3 +151,58 @@ def concatenated(tables: Sequence[Effects]) -> Effects:
         taken_from=None,
         others={name: concatenated([table.for_metric(name) for table in tables]) for name in first.others},
     )
+
+
+def provenance(lens: Lens, pairs: Pairs) -> dict[str, Any]:
+    """Return what results depend on, as plain data.
+
+    These are digests of the pairs, of the model's weights and of this library's code, the tags of pairs if there are any, and
+    versions of packages.
+    """
+    tags = {"tags": [dict(pair.tags) for pair in pairs]} if any(pair.tags for pair in pairs) else {}
+    versions = {name: version(name) for name in ("featpatch", "torch", "sae-lens", "transformer-lens")}
+    return {
+        "pairs": pairs.digest(),
+        **tags,
+        "model": {"name": without_folder(lens.name), "sha256": lens.digest()},
+        "versions": {**versions, "featpatch's code": code_digest()},
+    }
+
+
+def measured_places(
+    lens: Lens, pairs: Pairs, positions: Positions, wanted: Sequence[Wanted], sites: Iterable[str]
+) -> dict[str, Any]:
+    """Return where a table of effects is measured, as plain data, so that a node without a row is known to be unchanged.
+
+    Args:
+        positions: the positions that were asked for.
+        wanted: for each pair, the token positions that each of them stands for.
+        sites: the hook points that are patched.
+
+    Returns:
+        `positions` and `sites`; unless positions are `"all"`, `places` with a list per pair: for `"each"` its token positions,
+        for a list the first token of each entry; and `tokens`, the text of each token if all clean prompts are the same.
+    """
+    places = {} if positions == "all" else {"places": [[span[0] for span in of_pair.values()] for of_pair in wanted]}
+    decode = getattr(lens.tokenizer, "decode", None)
+    one = decode is not None and all(pair.clean == pairs[0].clean for pair in pairs)
+    tokens = {"tokens": [decode([token]) for token in pairs[0].clean]} if one and decode is not None else {}
+    listed = positions if isinstance(positions, str) else [*wanted[0]]
+    return {"positions": listed, "sites": list(dict.fromkeys(sites)), **places, **tokens}
+
+
+@cache
+def code_digest() -> str:
+    """Return the SHA-256 of the modules of this package, with their names."""
+    package, total = Path(featpatch.__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        total.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def without_folder(name: str) -> str:
+    """Reduce a local path to its last part, for files that are passed on; keep a name on the hub."""
+    for path in (PurePosixPath(name), PureWindowsPath(name)):
+        if path.anchor or {"..", "~"} & set(path.parts):
+            return path.name
+    return name

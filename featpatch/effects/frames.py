@@ -20,6 +20,7 @@ from featpatch.effects.measured import Measured
 from featpatch.effects.selection import WHERE_CHANGED
 from featpatch.effects.statistics import quadrant_labels
 from featpatch.errors import FeatpatchError, check_numbers, is_integer
+from featpatch.metrics import NEAR_ZERO, size
 from featpatch.nodes import TOGETHER, Edge, Effect, Node, Position
 
 
@@ -166,7 +167,7 @@ def by_tag(effects: Measured, tag: str, effect: Effect) -> pd.DataFrame:
     intervals = []
     for value, pairs in pairs_by_value(effects, tag).items():
         name, gap = f"{effect}_{value}", effects.scale[pairs]
-        least = statistics.NEAR_ZERO * statistics.size(effects.clean[pairs], effects.corrupted[pairs])
+        least = NEAR_ZERO * size(effects.clean[pairs], effects.corrupted[pairs])
         stands = not effects.has_gap or abs(gap.mean()) > least
         part = change[:, pairs] if stands else np.full((len(change), len(pairs)), np.nan)
         pooled, ranks = part.mean(axis=1) / gap.mean() if stands else part.mean(axis=1), np.full(len(change), np.nan)

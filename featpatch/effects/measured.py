@@ -30,6 +30,7 @@ from featpatch.effects import statistics
 from featpatch.effects.audit import without_estimates
 from featpatch.effects.selection import Over, indices
 from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.metrics import NEAR_ZERO, with_gap
 from featpatch.nodes import EFFECTS, RANKED, Effect, Node
 
 Array = NDArray[np.float64]
@@ -172,7 +173,7 @@ class Measured:
             np.bincount(self.row, values[self.pair], minlength=len(self))
             for values in (self.gap, np.abs(self.clean), np.abs(self.corrupted))
         )
-        return np.where(np.abs(gap) > statistics.NEAR_ZERO * np.maximum(clean, corrupted), gap, np.nan)
+        return np.where(np.abs(gap) > NEAR_ZERO * np.maximum(clean, corrupted), gap, np.nan)
 
     def per_pair(self, effect: Effect) -> Array:
         """Return the effect in each pair, change over gap, `[rows, pairs]`; NaN in pairs whose own gap is near zero.
@@ -187,7 +188,7 @@ class Measured:
     @property
     def with_gap(self) -> NDArray[np.bool_]:
         """A mask of the pairs whose gap is not near zero, `[pairs]`; other pairs have no per-pair ratio, which needs a gap."""
-        return statistics.with_gap(self.clean, self.corrupted) if self.has_gap else np.ones(len(self.clean), dtype=bool)
+        return with_gap(self.clean, self.corrupted) if self.has_gap else np.ones(len(self.clean), dtype=bool)
 
     def median(self, effect: Effect) -> Array:
         """Return the median of the per-pair ratios over the pairs that have a gap, `[rows]`; NaN if none has.

@@ -46,9 +46,6 @@ from scipy.stats import DegenerateDataWarning, bootstrap, false_discovery_contro
 
 from featpatch.errors import FeatpatchError, is_number
 
-NEAR_ZERO = 1e-3
-"""A mean gap below this share of the metric's size is refused, and a pair with such a gap has no ratio of its own."""
-
 RESAMPLES = 999
 SEED = 0
 CONFIDENCE = 0.95
@@ -56,31 +53,6 @@ CHUNK = 256
 
 _one_at_a_time = Lock()
 """Held while warnings are silenced, because that affects all threads: two overlapping uses would leave them silenced."""
-
-
-def size(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> float:
-    """Return the size of the metric: the mean of its absolute values in the clean or corrupted runs, the larger one."""
-    return float(max(np.abs(clean).mean(), np.abs(corrupted).mean()))
-
-
-def with_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return a mask of the pairs whose gap is large enough for a ratio, `[pairs]`."""
-    result: NDArray[np.bool_] = np.abs(clean - corrupted) > NEAR_ZERO * size(clean, corrupted)
-    return result
-
-
-def check_gap(metric: str, clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> None:
-    """Check that the mean gap is large enough for a ratio.
-
-    Raises:
-        FeatpatchError: the mean of `clean - corrupted` is near zero.
-    """
-    gap = float(np.mean(clean - corrupted))
-    if abs(gap) <= NEAR_ZERO * size(clean, corrupted):
-        raise FeatpatchError(
-            f"{metric} is {clean.mean():.6g} on clean and {corrupted.mean():.6g} on corrupted prompts, a mean gap of "
-            f"{gap:.3g}: expected a gap large enough to normalise effects by; choose corruptions that change the answer"
-        )
 
 
 def ratio_of_means(change: NDArray[np.float64], gap: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:

@@ -10,6 +10,7 @@ Everything after the last good line, such as a line cut short by a crash, is rem
 """
 
 import base64
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ import torch
 from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
-from featpatch.files import Lock, check_writable, lock, read_json, sha256, writing
+from featpatch.files import Lock, check_writable, lock, read_json, writing
 
 FORMAT = "featpatch journal 1"
 
@@ -183,7 +184,7 @@ class Journal(Book):
 
 def batch_key(names: Iterable[str]) -> str:
     """Return a short name for a batch, computed from the names of its patches."""
-    return sha256("\n".join(names).encode())[:32]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
 
 
 @contextmanager
@@ -220,7 +221,7 @@ def _encoded(line: Mapping[str, Any]) -> bytes:
 
 
 def _checksum(text: str) -> str:
-    return sha256(text.encode())[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _intact(content: bytes) -> tuple[list[dict[str, Any]], int]:

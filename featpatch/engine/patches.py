@@ -1,19 +1,25 @@
-"""What the engine is given: base runs, and blocks of patches as sparse changes of activations at one hook point or several.
+"""What the engine is given: base runs, and patches as sparse changes of activations; and the rows that these change.
 
 A patch at several hook points has one of two meanings, because a change at one of them also changes what arrives at those
 downstream of it:
 
     "add"    x' = x_arriving + delta
     "set"    x' = x_base     + delta      at the positions that the patch names, so that what arrives there is replaced
+
+In the fast forward pass, the rows of all units of a batch lie in one matrix, unit by unit, patch by patch, position by position
+from the first changed one to the answer. In the last layer, after the keys and values, only the answer row of each patch is
+left.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 
 import torch
 from jaxtyping import Bool, Float, Int
 
+from featpatch import sites
+from featpatch.model.lens import added
 from featpatch.nodes import Combine
 
 NEVER = torch.iinfo(torch.int64).max
@@ -173,3 +179,204 @@ class Unit:
     def name(self) -> str:
         """A description of what the unit computes, unique within a sweep."""
         return f"{self.block.run.name}|{self.block.name}|{self.patches.tolist()}"
+
+
+Entry = tuple[int, str]
+"""A layer, and a place in it where changes enter, see `sites.ENTRIES`; the layer after the last stands for the end."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The activations of a base run in featpatch's own forward pass, by layer.
+
+    Attributes:
+        pre: the residual stream at the input of each layer and after the last, `[pos, d_model]`.
+        mid: the residual stream after attention, `[pos, d_model]`.
+        z: the output of attention before W_O, `[pos, width]`.
+        query, key, value: the queries, keys and values, `[pos, heads, d_head]`.
+    """
+
+    pre: dict[int, torch.Tensor] = field(default_factory=dict)
+    mid: dict[int, torch.Tensor] = field(default_factory=dict)
+    z: dict[int, torch.Tensor] = field(default_factory=dict)
+    query: dict[int, torch.Tensor] = field(default_factory=dict)
+    key: dict[int, torch.Tensor] = field(default_factory=dict)
+    value: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows of one base run: `patches` copies of its positions `first` to `answer`."""
+
+    trace: Trace
+    patches: int
+    first: int
+    answer: int
+
+    @property
+    def length(self) -> int:
+        """The number of positions of one patch."""
+        return self.answer - self.first + 1
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of all patches."""
+        return self.patches * self.length
+
+    def base(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the base run's values at the span's positions for every patch, as a copy that can be written to."""
+        part = values[self.first : self.answer + 1]
+        return part.expand(self.patches, *part.shape).clone()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of the matrix.
+
+    Attributes:
+        spans: the spans that make up the matrix.
+        sizes: the number of these rows in each span; they are sorted by span.
+        patch, position: the patch within its span and the token position of each row, on the CPU.
+    """
+
+    spans: Sequence[Span]
+    sizes: Sequence[int]
+    patch: Int[torch.Tensor, " rows"]
+    position: Int[torch.Tensor, " rows"]
+
+    def number(self, *, answer_only: bool) -> Int[torch.Tensor, " rows"]:
+        """Return the number of each row in the matrix, or in the matrix that holds only answer rows."""
+        lengths = [1 if answer_only else span.length for span in self.spans]
+        starts = torch.tensor([0, *(s.patches * n for s, n in zip(self.spans, lengths, strict=True))]).cumsum(0)[:-1]
+        firsts = torch.tensor([span.answer if answer_only else span.first for span in self.spans])
+        sizes = torch.tensor(self.sizes)
+        start, length, first = (each.repeat_interleave(sizes) for each in (starts, torch.tensor(lengths), firsts))
+        return start + self.patch * length + self.position - first
+
+    def find(self, some: "Rows") -> Int[torch.Tensor, " rows"]:
+        """Return where some of these rows are among them; unless they are the same, these must be sorted, as in `union`."""
+        if some is self:
+            return torch.arange(len(self.position))
+        return torch.searchsorted(self.number(answer_only=False), some.number(answer_only=False))
+
+    def keep(self, some: torch.Tensor) -> "Rows":
+        """Return the rows for which a mask is True."""
+        sizes = [int(part.sum()) for part in some.split([*self.sizes])]
+        return Rows(self.spans, sizes, self.patch[some], self.position[some])
+
+    @classmethod
+    def union(cls, some: "Sequence[Rows]") -> "Rows":
+        """Return the rows that are in any of some sets of rows of one matrix, each once and sorted."""
+        spans = some[0].spans
+        numbers = torch.cat([rows.number(answer_only=False) for rows in some]).unique()
+        ends = torch.tensor([span.rows for span in spans]).cumsum(0)
+        sizes = torch.searchsorted(numbers, ends).diff(prepend=torch.tensor([0])).tolist()
+        patch, position, start = [], [], 0
+        for span, part in zip(spans, numbers.split(sizes), strict=True):
+            patch.append((part - start) // span.length)
+            position.append((part - start) % span.length + span.first)
+            start += span.rows
+        return cls(spans, sizes, torch.cat(patch), torch.cat(position))
+
+    def joined(self) -> "Rows":
+        """Return these rows with adjacent spans of one base run and first position joined, so that they share attention."""
+        spans: list[Span] = []
+        sizes: list[int] = []
+        before: list[int] = []
+        for span, size in zip(self.spans, self.sizes, strict=True):
+            if spans and spans[-1].trace is span.trace and spans[-1].first == span.first:
+                before.append(spans[-1].patches)
+                spans[-1] = replace(spans[-1], patches=spans[-1].patches + span.patches)
+                sizes[-1] += size
+            else:
+                before.append(0)
+                spans.append(span)
+                sizes.append(size)
+        return Rows(spans, sizes, self.patch + torch.tensor(before).repeat_interleave(torch.tensor(self.sizes)), self.position)
+
+    def base(self, name: str, layer: int) -> torch.Tensor:
+        """Return the base runs' values in these rows, given a field of `Trace` and a layer."""
+        values = [getattr(span.trace, name)[layer] for span in self.spans]
+        places = self.position.split([*self.sizes])
+        return torch.cat([of_span[place.to(of_span.device)] for of_span, place in zip(values, places, strict=True)])
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The changes that patches make at one hook point, `delta[r]` in row r of `rows`."""
+
+    site: str
+    combine: Combine
+    rows: Rows
+    delta: Float[torch.Tensor, "rows d"]
+
+    def apply(self, x: torch.Tensor, at: Int[torch.Tensor, " rows"], before: torch.Tensor | None) -> None:
+        """Make the changes in a matrix.
+
+        Args:
+            x: the activation, or the residual stream after it has been added; it is changed in place.
+            at: the row of the matrix for each row of the changes.
+            before: the residual stream before the activation was added; None if it is that of the base run.
+        """
+        at = at.to(x.device)
+        value = x[at]
+        if self.combine == "set":
+            layer, place = entry(self.site)
+            value = self.rows.base(place, layer).to(x.device)
+            if before is not None and not sites.is_stream(self.site) and place != "z":
+                earlier = ("pre", layer) if place == "mid" else ("mid", layer - 1)
+                value = before[at] + (value - self.rows.base(*earlier).to(x.device))
+        x[at] = added(value, self.delta)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The changes that the patches of a batch of units make, at all hook points.
+
+    Attributes:
+        units: the units.
+        spans: the span of each unit.
+    """
+
+    units: Sequence[Unit]
+    spans: Sequence[Span]
+
+    @cached_property
+    def hooks(self) -> dict[Entry, list[tuple[str, Combine]]]:
+        """The hook points that are patched and the meaning of the patches, by the place where they enter."""
+        patched = dict.fromkeys((site, unit.block.combine) for unit in self.units for site in unit.block.deltas)
+        hooks: dict[Entry, list[tuple[str, Combine]]] = {}
+        in_order = sorted(patched, key=lambda each: (sites.is_stream(each[0]), sites.layer_of(each[0])))  # addends, then sums
+        for site, combine in in_order:
+            hooks.setdefault(entry(site), []).append((site, combine))
+        return hooks
+
+    def at(self, place: Entry, *, answer_only: bool = False) -> list[Moved]:
+        """Return the changes that enter at a place, of the answer rows alone or of all rows."""
+        return [self._moved(*patched, answer_only=answer_only) for patched in self.hooks.get(place, ())]
+
+    def apply(self, x: torch.Tensor, place: Entry, before: torch.Tensor, *, answer_only: bool) -> None:
+        """Make the changes that enter at a place in the matrix `x`, see `Moved.apply`."""
+        for moved in self.at(place, answer_only=answer_only):
+            moved.apply(x, moved.rows.number(answer_only=answer_only), before)
+
+    def _moved(self, site: str, combine: Combine, *, answer_only: bool) -> Moved:
+        changing = [site in unit.block.deltas and unit.block.combine == combine for unit in self.units]
+        found = [unit.deltas(site).upto(unit.block.run.answer) for unit, does in zip(self.units, changing, strict=True) if does]
+        remaining = iter(found)
+        sizes = [len(next(remaining).patch) if does else 0 for does in changing]
+        values = [deltas.values() for deltas in found]
+        delta = torch.cat([each.to(values[0].device) for each in values])
+        rows = Rows(self.spans, sizes, torch.cat([d.patch for d in found]), torch.cat([d.position for d in found]))
+        if answer_only:
+            ends = torch.tensor([span.answer for span in self.spans]).repeat_interleave(torch.tensor(sizes))
+            at_end = rows.position == ends
+            rows, delta = rows.keep(at_end), delta[at_end.to(delta.device)]
+        return Moved(site, combine, rows, delta)
+
+
+def entry(site: str) -> Entry:
+    """Return the place at which changes of a hook point enter, which the fast pass knows."""
+    place = sites.entry(site)
+    assert place is not None
+    return place

@@ -19,7 +19,7 @@ A patch at several hook points enters at the lowest of them; the pass makes the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from weakref import WeakKeyDictionary
@@ -28,8 +28,7 @@ import torch
 from jaxtyping import Float
 
 from featpatch.engine.cost import suffix_flops
-from featpatch.engine.patches import BaseRun, Block, Unit
-from featpatch.engine.rows import Changes, Entry, Rows, Span, Trace, entry
+from featpatch.engine.patches import BaseRun, Block, Changes, Entry, Rows, Span, Trace, Unit, entry
 from featpatch.model.layer import Layer, Stack, soft_capped
 from featpatch.model.lens import Lens
 
@@ -79,15 +78,6 @@ Columns = Sequence[int] | None
 """Token ids whose logits are needed, or None for the whole vocabulary."""
 
 
-@dataclass(frozen=True)
-class Changed:
-    """Rows that the patch itself changes, where it enters: `values[r]` in patch `patch[r]` at `position[r]`."""
-
-    patch: torch.Tensor
-    position: torch.Tensor
-    values: torch.Tensor
-
-
 PLACES = ("pre", "z", "mid")
 """The places of a layer, see `sites.ENTRIES`, in the order in which the forward pass reaches them."""
 
@@ -121,12 +111,11 @@ class SuffixPath:
         """Return the logits of every patch at its answer position; all units must be of one group."""
         spans = [Span(self._trace(u.block.run), len(u.patches), u.first, u.block.run.answer) for u in units]
         changes = Changes(units, spans)
-        layer, changed = self._enter(self.group(units[0].block), changes)
-        spans, changed = _join(spans, changed)
+        layer, rows, x = self._enter(self.group(units[0].block), changes)
         if layer == len(self.stack.layers):
-            final = self._at_answer(spans, changed)
+            final = self._at_answer(rows.joined(), x)
         else:
-            final = self._run(layer, spans, changed, changes)
+            final = self._run(layer, rows.joined(), x, changes)
         found: list[torch.Tensor] = []
         alike = [[*group] for _, group in groupby(zip(units, columns, strict=True), key=itemgetter(1))]
         sizes = [[len(unit.patches) for unit, _ in group] for group in alike]
@@ -171,8 +160,8 @@ class SuffixPath:
         self.prepare([run])
         return self.traces[run]
 
-    def _enter(self, place: Entry, changes: Changes) -> tuple[int, list[Changed]]:
-        """Make the changes before the first layer with attention, and return its index and the changed rows of its input."""
+    def _enter(self, place: Entry, changes: Changes) -> tuple[int, Rows, torch.Tensor]:
+        """Make the changes before the first layer with attention; return its index, the changed rows, and its input there."""
         index, first = place
         start = index if first == "pre" else index + 1
         places = [place] if first == "pre" else [(index, "z"), (index, "mid"), (start, "pre")]
@@ -197,14 +186,19 @@ class SuffixPath:
             here = mid.device  # the next layer may be on another device
             out = rows.base("pre", start).to(here) - rows.base("mid", index) if layer.parallel else layer.mlp_output(mid)
             x = make(mid + out, (start, "pre"), mid)
-        x = x.to(changes.spans[0].trace.pre[start].device)
-        parts = (part.split([*rows.sizes]) for part in (rows.patch.to(x.device), rows.position.to(x.device), x))
-        return start, [Changed(*of_span) for of_span in zip(*parts, strict=True)]
+        return start, rows, x.to(changes.spans[0].trace.pre[start].device)
 
-    def _run(self, start: int, spans: Sequence[Span], changed: Sequence[Changed], changes: Changes) -> torch.Tensor:
-        """Return the final residual stream `[patches of all spans, d_model]` at the answer position."""
-        last = len(self.stack.layers) - 1
-        x, heads = self._first(start, spans, changed, answer_only=start == last)
+    def _run(self, start: int, rows: Rows, x: torch.Tensor, changes: Changes) -> torch.Tensor:
+        """Return the final residual stream `[patches of all spans, d_model]` at the answer position.
+
+        Args:
+            start: the first layer.
+            rows: the rows of its input that are changed.
+            x: the residual stream in these rows.
+            changes: the changes that enter later.
+        """
+        last, spans = len(self.stack.layers) - 1, rows.spans
+        x, heads = self._first(start, rows, x, answer_only=start == last)
         for index in range(start, last + 1):
             layer, ends = self.stack.layers[index], index == last
             if index > start:
@@ -222,23 +216,20 @@ class SuffixPath:
         return x
 
     def _first(
-        self, index: int, spans: Sequence[Span], changed: Sequence[Changed], *, answer_only: bool
+        self, index: int, rows: Rows, x: torch.Tensor, *, answer_only: bool
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-        """Return the residual stream, queries, keys and values of the base run with the changed rows inserted."""
-        layer, sizes = self.stack.layers[index], [len(rows.patch) for rows in changed]
-        y = layer.attention_input(torch.cat([rows.values for rows in changed]))
-        positions = torch.cat([rows.position for rows in changed])
-        fresh = zip(
-            layer.queries(y, positions).split(sizes),
-            *(part.split(sizes) for part in layer.keys_values(y, positions)),
-            strict=True,
-        )
+        """Return the residual stream, queries, keys and values of the base run with the changed rows `x` inserted."""
+        layer, sizes = self.stack.layers[index], [*rows.sizes]
+        y, patch, position = layer.attention_input(x), rows.patch.to(x.device), rows.position.to(x.device)
+        fresh = (x, layer.queries(y, position), *layer.keys_values(y, position))
         stream, heads = [], []
-        for span, rows, (q, k, v) in zip(spans, changed, fresh, strict=True):
-            at = (rows.patch, rows.position - span.first)
+        for span, patches, positions, *values in zip(
+            rows.spans, *(part.split(sizes) for part in (patch, position, *fresh)), strict=True
+        ):
+            at = (patches, positions - span.first)
             parts = [
-                span.base(getattr(span.trace, name)[index]).index_put(at, values)
-                for name, values in (("pre", rows.values), ("query", q), ("key", k), ("value", v))
+                span.base(getattr(span.trace, name)[index]).index_put(at, value)
+                for name, value in zip(("pre", "query", "key", "value"), values, strict=True)
             ]
             if answer_only:
                 parts[:2] = [part[:, -1:] for part in parts[:2]]
@@ -267,26 +258,11 @@ class SuffixPath:
         each = zip(spans, q, k.split(sizes), v.split(sizes), strict=True)
         return x, [tuple(part.unflatten(0, (span.patches, -1)) for part in parts) for span, *parts in each]
 
-    def _at_answer(self, spans: Sequence[Span], changed: Sequence[Changed]) -> torch.Tensor:
-        """Return the final residual stream at the answer position of patches that enter after the last layer."""
+    def _at_answer(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+        """Return the final residual stream at the answer position of patches that enter after the last layer, in rows `x`."""
         final = []
-        for span, rows in zip(spans, changed, strict=True):
-            x = span.base(span.trace.pre[len(self.stack.layers)])
-            final.append(x.index_put((rows.patch, rows.position - span.first), rows.values)[:, -1])
+        parts = (part.split([*rows.sizes]) for part in (rows.patch.to(x.device), rows.position.to(x.device), x))
+        for span, patches, positions, values in zip(rows.spans, *parts, strict=True):
+            whole = span.base(span.trace.pre[len(self.stack.layers)])
+            final.append(whole.index_put((patches, positions - span.first), values)[:, -1])
         return torch.cat(final)
-
-
-def _join(spans: Sequence[Span], changed: Sequence[Changed]) -> tuple[list[Span], list[Changed]]:
-    """Join adjacent spans of the same base run and first position into one, so that they also share attention."""
-    joined: list[tuple[Span, list[Changed]]] = []
-    for span, rows in zip(spans, changed, strict=True):
-        if joined and joined[-1][0].trace is span.trace and joined[-1][0].first == span.first:
-            before, parts = joined.pop()
-            parts.append(replace(rows, patch=rows.patch + before.patches))
-            joined.append((replace(before, patches=before.patches + span.patches), parts))
-        else:
-            joined.append((span, [rows]))
-    return [span for span, _ in joined], [
-        Changed(*(torch.cat([getattr(rows, name) for rows in parts]) for name in ("patch", "position", "values")))
-        for _, parts in joined
-    ]

@@ -22,9 +22,8 @@ from jaxtyping import Float
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.model.layer import ACTIVATIONS, Head, Layer, Norm, hidden, soft_capped
+from featpatch.model.layer import ACTIVATIONS, Head, Layer, Norm, hidden, norm_of, soft_capped
 from featpatch.model.lens import Edit, Lens
-from featpatch.model.stack import norm_of
 from featpatch.threads import editing, in_this_thread
 
 TEMPERATURE = 2.0
@@ -132,8 +131,8 @@ def attend(
 def modified(lens: Lens, rules: Rules) -> Iterator[None]:
     """Make backward passes of a model follow rules, in calls of this thread, until the context ends.
 
-    Forward values stay the same. Where an activation is a leaf at a hook point (`Lens.gradients`), its gradient follows the
-    rules downstream.
+    Forward values stay the same. Where an activation is a leaf at a hook point (`model/gradients.py`), its gradient
+    follows the rules downstream.
 
     Raises:
         FeatpatchError: on entry or in a forward pass, if a layer does not have the form that a rule is defined for.

@@ -1,12 +1,25 @@
-"""Properties of a TransformerLens model that are known without running it: its name, sizes, dtypes and weights."""
+"""What is known of a TransformerLens model without running it: its sizes, its weights, and whether pairs fit it.
 
+The digest of weights, and whether they are finite, are kept until the weights change. NaN in a weight does not always show in a
+module's output: a feature whose threshold is NaN is never active, and a token whose embedding is NaN may never occur.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from transformer_lens.utilities.quantization import quantization_method, unreadable_weight_reason
+
+from featpatch.errors import FeatpatchError
+from featpatch.pairs.pairs import Pairs
+from featpatch.pairs.tokens import PairsWarning, first_token, is_padded
 
 
 @dataclass(frozen=True)
@@ -144,3 +157,197 @@ class Model:
         except NotImplementedError:
             return None
         return weight
+
+    def check_room(self, length: int, count: int) -> None:
+        """Check that `count` tokens can be generated after a prompt of a given length.
+
+        Raises:
+            FeatpatchError: the model's context is too short.
+        """
+        if self.n_ctx is not None and length + count > self.n_ctx:
+            raise FeatpatchError(
+                f"a prompt of {length} tokens and tokens={count}: expected at most {self.n_ctx} together, the model's context; "
+                "generate fewer tokens, or shorten the prompt"
+            )
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the model's weights."""
+        return digest(self.model)
+
+
+SAMPLE = 64
+"""Number of values of each tensor that are compared before a stored result is used again."""
+
+Found = TypeVar("Found")
+_known: "WeakKeyDictionary[torch.nn.Module, tuple[object, dict[Callable[[torch.nn.Module], Any], Any]]]" = WeakKeyDictionary()
+
+
+def digest(module: torch.nn.Module) -> str:
+    """Hash the names, types, shapes and bytes of a module's state, which takes about half a second per gigabyte."""
+    return once(_hashed, module)
+
+
+def once(find: Callable[[torch.nn.Module], Found], module: torch.nn.Module) -> Found:
+    """Call a function on a module, or return its earlier result if the module's weights have not changed.
+
+    Weights count as unchanged if every tensor is at the same address, has the same number of in-place changes (torch counts
+    them) and holds the same numbers at `SAMPLE` places.
+    """
+    tensors = sorted(module.state_dict().items())
+    marks = [(name, t.dtype, t.shape, t.data_ptr(), t._version, _sample(t)) for name, t in tensors]
+    known = _known.get(module)
+    if known is None or known[0] != marks:
+        known = _known[module] = (marks, {})
+    if find not in known[1]:
+        known[1][find] = find(module)
+    result: Found = known[1][find]
+    return result
+
+
+def _hashed(module: torch.nn.Module) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+@torch.no_grad()
+def _sample(tensor: torch.Tensor) -> tuple[float, ...]:
+    count = min(SAMPLE, tensor.numel())
+    places = torch.arange(count) * (tensor.numel() - 1) // max(count - 1, 1)
+    return tuple(torch.take(tensor, places.to(tensor.device)).double().tolist())
+
+
+TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that the weights of dictionaries may have."""
+
+
+def check_finite(what: str, source: Any) -> None:
+    """Check that all weights of an object are finite.
+
+    Args:
+        what: a description of the object, for the error.
+        source: a module, which is checked again only after it has changed; or any other object or mapping, whose attributes or
+            values are checked if they are tensors or modules. Buffers of modules may be infinite, as masks are.
+
+    Raises:
+        FeatpatchError: a weight holds NaN or an infinite value, or a buffer holds NaN.
+    """
+    if isinstance(source, torch.nn.Module):
+        parts: Iterator[str] = iter(once(_damaged, source))
+    else:
+        own = source if isinstance(source, Mapping) else getattr(source, "__dict__", {})
+        for value in own.values():
+            if isinstance(value, torch.nn.Module):
+                check_finite(what, value)
+        parts = (
+            text
+            for name, value in own.items()
+            if isinstance(value, torch.Tensor) and (text := _bad(str(name), value, infinite=True))
+        )
+    if (first := next(parts, None)) is not None:
+        raise FeatpatchError(
+            f"{what}: {first}{', among others' if next(parts, None) else ''}: expected finite weights; download or save it "
+            "again, or use a dtype with a wider range than float16"
+        )
+
+
+def _damaged(module: torch.nn.Module) -> tuple[str, ...]:
+    with torch.no_grad():
+        found = [_bad(name, each, infinite=True) for name, each in module.named_parameters()]
+        found += [_bad(name, each, infinite=False) for name, each in module.named_buffers()]
+    return tuple(text for text in found if text)
+
+
+def _bad(name: str, tensor: torch.Tensor, infinite: bool) -> str:
+    """Describe how many values of a tensor are NaN or, with `infinite`, infinite; empty if none are."""
+    if tensor.dtype not in TYPES or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
+        return ""
+    extreme = torch.stack(torch.aminmax(tensor.detach()))  # one pass without a copy; NaN if any value is
+    if torch.isfinite(extreme).all() or not (infinite or torch.isnan(extreme).any()):
+        return ""
+    bad = ~torch.isfinite(tensor) if infinite else torch.isnan(tensor)
+    return f"{int(bad.sum())} of {tensor.numel()} values of {name} are {'NaN or infinite' if infinite else 'NaN'}"
+
+
+Continuations = Mapping[int, Sequence[tuple[int, ...]]]
+"""The continuations of each pair's prompts, by the index of the pair."""
+
+
+NONE: Continuations = MappingProxyType({})
+
+
+def check_tokens(pairs: Pairs, lens: Model, continuations: Continuations = NONE) -> None:
+    """Check that a model accepts the tokens of pairs, and warn if prompts lack the BOS that it puts before a text.
+
+    Raises:
+        FeatpatchError: the model does not know a token or an answer, or a prompt is padded, begins with two BOS or is too long.
+    """
+    inputs, context = lens.d_vocab_in, lens.n_ctx
+    _check_ends(pairs, getattr(lens.model, "tokenizer", None))
+    _compare_start(pairs, lens)
+    for index, pair in enumerate(pairs):
+        following = continuations.get(index, ())
+        answers = [token for side in pair.answers for answer in side for token in answer]
+        tokens = (*pair.clean, *pair.corrupted, *(token for continuation in following for token in continuation))
+        length = max(pair.lengths) + max(map(len, following), default=0)
+        if answers and not 0 <= min(answers) <= max(answers) < lens.d_vocab:
+            raise FeatpatchError(
+                f"pair {index}: answers {answers} are outside the model's vocabulary of {lens.d_vocab} "
+                "tokens: expected ids of the model's own tokenizer"
+            )
+        if not 0 <= min(tokens) <= max(tokens) < inputs:
+            raise FeatpatchError(
+                f"pair {index} has token ids from {min(tokens)} to {max(tokens)}: expected 0 to {inputs - 1}, ids of "
+                "the model's own tokenizer"
+            )
+        if context is not None and length > context:
+            with_answers = " with its answers" if length > max(pair.lengths) else ""
+            raise FeatpatchError(
+                f"pair {index} has {length} tokens{with_answers}: expected at most {context}, the model's context"
+            )
+
+
+def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
+    """Check that prompts do not begin or end with padding or begin with two BOS; warn if padding may also be BOS or EOS.
+
+    Raises:
+        FeatpatchError: a prompt begins with two BOS, or certainly begins or ends with padding.
+    """
+    if tokenizer is None:
+        return
+    bos = getattr(tokenizer, "bos_token_id", None)
+    for index, pair in enumerate(pairs):
+        if bos is not None and (bos, bos) in (pair.clean[:2], pair.corrupted[:2]):
+            raise FeatpatchError(
+                f"pair {index} begins with {tokenizer.bos_token!r} ({bos}) twice: expected it once; leave it out of the text, "
+                "since the tokenizer adds it"
+            )
+        if is_padded(tokenizer, pair.clean, pair.corrupted, surely=True):
+            raise FeatpatchError(
+                f"pair {index} begins or ends with the padding token {tokenizer.pad_token!r}: expected prompts without "
+                "padding; make pairs with Pairs.from_tokens(..., attention_mask=...)"
+            )
+    perhaps = sum(is_padded(tokenizer, pair.clean, pair.corrupted) for pair in pairs)
+    if perhaps:
+        warnings.warn(
+            f"{perhaps} of {len(pairs)} pairs begin or end with {tokenizer.pad_token!r}, which is BOS or EOS and also the "
+            "padding token: it is treated as part of the prompt; if it is padding, make the pairs with "
+            "Pairs.from_tokens(..., attention_mask=...)",
+            PairsWarning,
+            stacklevel=2,
+        )
+
+
+def _compare_start(pairs: Pairs, lens: Model) -> None:
+    """Warn if prompts lack the special token that the model puts before a text."""
+    first = first_token(lens.model)
+    lacking = sum(first is not None and pair.clean[0] != first for pair in pairs)
+    if lacking:
+        warnings.warn(
+            f"{lacking} of {len(pairs)} pairs lack {lens.model.tokenizer.decode([first])!r} ({first}), which model(text) adds "
+            "at the start: to add it too, pass the model instead of a tokenizer to Pairs.from_prompts",
+            PairsWarning,
+            stacklevel=2,
+        )

@@ -5,11 +5,12 @@
     x_post = x_mid + post2(mlp(norm2(x_mid)))  in a parallel layer the MLP reads x instead of x_mid
 
 A row is one position of one prompt, `[rows, d_model]`. The weights are the model's own tensors, not copies, wherever
-their layout allows it.
+their layout allows it. The lenses convert the layers of a TransformerLens model, and `build` adds the map to logits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -341,3 +342,49 @@ class Stack:
 
     layers: tuple[Layer, ...]
     head: Head
+
+
+def build(model: Any, layers: Iterable[Layer]) -> Stack:
+    """Return a TransformerBridge or a HookedTransformer as row-wise functions; both use the same names for weights.
+
+    Args:
+        model: the model.
+        layers: its layers, which are made only if the model has the right form.
+
+    Raises:
+        UnsupportedError: the model does not have the form described above.
+    """
+    cfg = model.cfg
+    if cfg.positional_embedding_type not in ("standard", "rotary"):
+        raise UnsupportedError(f"position embeddings of type {cfg.positional_embedding_type!r}")
+    if getattr(cfg, "attention_dir", "causal") != "causal":
+        raise UnsupportedError("bidirectional attention")
+    return Stack(tuple(layers), head_from(model))
+
+
+def head_from(model: Any) -> Head:
+    """Return the map from the final residual stream to logits; unlike the layers, every model has one of this form."""
+    cfg, bias = model.cfg, getattr(model.unembed, "b_U", None)
+    return Head(norm_of(getattr(model, "ln_final", None), cfg), model.unembed.W_U, bias, softcap_of(cfg.output_logits_soft_cap))
+
+
+def norm_of(module: Any, cfg: Any) -> Norm | None:
+    """Convert a norm module; None if there is no norm.
+
+    Norms of HookedTransformer hold `w` and `b`; those of a TransformerBridge wrap a Hugging Face module.
+    """
+    if module is None or isinstance(module, torch.nn.Identity):
+        return None
+    original = getattr(module, "original_component", None)
+    if original is None:
+        centred = type(module).__name__.startswith("LayerNorm")
+        return Norm(centred, getattr(module, "w", None), getattr(module, "b", None), float(cfg.eps))
+    centred = not module.uses_rms_norm
+    eps = getattr(original, "eps", getattr(original, "variance_epsilon", cfg.eps))
+    weight = original.weight + 1 if not centred and getattr(cfg, "rmsnorm_uses_offset", False) else original.weight
+    return Norm(centred, weight, getattr(original, "bias", None), float(eps))
+
+
+def softcap_of(softcap: float | None) -> float | None:
+    """Return a soft-cap of a configuration; None if it is not positive, which means that there is none."""
+    return float(softcap) if softcap is not None and softcap > 0 else None

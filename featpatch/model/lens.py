@@ -13,7 +13,6 @@ from transformer_lens.hook_points import HookPoint
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.model.digest import digest
 from featpatch.model.facts import Model
 from featpatch.model.layer import Stack
 from featpatch.threads import Watch, check_unedited, editing, in_this_thread
@@ -37,20 +36,6 @@ ROWS = 4096
 
 class _Reached(Exception):  # noqa: N818
     """Exception that ends a forward pass at a hook point, because nothing after it is needed."""
-
-
-@dataclass(frozen=True)
-class Differentiated:
-    """The result of a run with the gradients of a metric.
-
-    Attributes:
-        values: the metric of each prompt, `[batch]`.
-        gradients, activations: gradients and activations `[batch, pos, ...]` by hook point.
-    """
-
-    values: torch.Tensor
-    gradients: Mapping[str, torch.Tensor]
-    activations: Mapping[str, torch.Tensor]
 
 
 @dataclass
@@ -148,41 +133,6 @@ class Lens(Model, ABC):
         """Return the number of heads at a hook point inside attention, which is smaller for shared keys and values."""
         return self.shape(site)[0]
 
-    def cached(self, name: str, given: Any, hooks: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return activations from an `ActivationCache` of TransformerLens, or a mapping of them, after checking their shapes.
-
-        Args:
-            name: the name of the argument, for errors.
-            given: activations `[batch, pos, ...]`, `[pos, ...]` or `[...]` by the name of their hook point.
-            hooks: the hook points that are needed.
-
-        Returns:
-            The activations `[batch, pos, ...]`, with sizes of 1 for dimensions that are not given.
-
-        Raises:
-            FeatpatchError: a hook point is missing, or an activation does not have the model's shape there.
-        """
-        given = getattr(given, "cache_dict", given)
-        known = {self.site(hook): values for hook, values in given.items() if hook in self.hook_points}
-        found = {}
-        for hook in hooks:
-            values = known.get(hook)
-            shape = self.shape(hook)
-            if values is None:
-                raise FeatpatchError(
-                    f"{name} has no activations at {hook!r}: expected them, because they are needed; cache this hook point "
-                    "too, e.g. with model.run_with_cache(tokens)"
-                )
-            leading = values.ndim - len(shape) if isinstance(values, torch.Tensor) else -1
-            if not 0 <= leading <= 2 or tuple(values.shape[leading:]) != shape or not torch.isfinite(values).all():
-                size = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-                raise FeatpatchError(
-                    f"{name} is {size} at {hook!r}: expected a tensor [batch, pos, {', '.join(map(str, shape))}] of finite "
-                    "numbers"
-                )
-            found[hook] = values.detach().to(self.device).reshape(*[1] * (2 - leading), *values.shape)
-        return found
-
     def site(self, name: str) -> str:
         """Return the TransformerLens name of a hook point.
 
@@ -225,18 +175,6 @@ class Lens(Model, ABC):
         cached = self.tokenizer is not None  # HookedTransformer's cached generation fails without a tokenizer
         made = self.model.generate(tokens.to(self.device), max_new_tokens=count, use_past_kv_cache=cached, **options)
         return cast(torch.Tensor, made)
-
-    def check_room(self, length: int, count: int) -> None:
-        """Check that `count` tokens can be generated after a prompt of a given length.
-
-        Raises:
-            FeatpatchError: the model's context is too short.
-        """
-        if self.n_ctx is not None and length + count > self.n_ctx:
-            raise FeatpatchError(
-                f"a prompt of {length} tokens and tokens={count}: expected at most {self.n_ctx} together, the model's context; "
-                "generate fewer tokens, or shorten the prompt"
-            )
 
     @contextmanager
     def seeing(self, see: Callable[[Int[torch.Tensor, "batch pos"], bool | None], None]) -> Iterator[None]:
@@ -309,75 +247,8 @@ class Lens(Model, ABC):
                 stack.enter_context(self.edit(name, keeping(name, activations)))
             masked = {} if mask is None else {"attention_mask": mask.to(self.device)}
             self._run_upto(sites.highest([*hooks, *entries.values()], self.n_layers), tokens.to(self.device), **masked)
-        _check_read(hooks, activations)
+        check_read(hooks, activations)
         return activations, entering
-
-    def gradients(
-        self,
-        tokens: Int[torch.Tensor, "batch pos"],
-        hooks: Sequence[str],
-        answers: Int[torch.Tensor, " batch"],
-        measure: Callable[[Float[torch.Tensor, "batch d_vocab"]], Float[torch.Tensor, " batch"]],
-        *,
-        reads: Sequence[str] = (),
-        stopped: Sequence[str] = (),
-    ) -> Differentiated:
-        """Apply `measure` to the logits at each prompt's answer, and compute its gradients at some hook points.
-
-        Gradients are taken where a change of the activation would be added (see `carrier`). The stored gradients of the weights
-        (`grad`) are not changed.
-
-        Args:
-            answers: the answer position of each prompt.
-            measure: a differentiable function from logits to one value per prompt.
-            reads: hook points whose activations are returned too.
-            stopped: hook points whose activations pass no gradient on.
-
-        Raises:
-            FeatpatchError: a hook did not fire, or the measure has no gradient.
-        """
-        leaves: dict[str, torch.Tensor] = {}
-        activations: dict[str, torch.Tensor] = {}
-
-        def read(name: str) -> Edit:
-            def keep(activation: torch.Tensor) -> None:
-                activations[name] = activation.detach().clone()
-
-            return keep
-
-        def leaf(name: str) -> Edit:
-            def keep(activation: torch.Tensor) -> torch.Tensor:
-                leaves[name] = activation.clone().requires_grad_()
-                return leaves[name].clone()
-
-            return keep
-
-        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
-            tokens, answers = tokens.clone().to(self.device), answers.clone().to(self.device)
-            for name in reads:
-                stack.enter_context(self.edit(name, read(name)))
-            carried = [name for name in hooks if self.carrier(name) != name]
-            for name in (name for name in hooks if name not in carried):
-                stack.enter_context(self.edit(name, leaf(name)))
-            for name in stopped:
-                stack.enter_context(self.edit(name, torch.Tensor.detach))
-            for name in carried:
-                stack.enter_context(self.edit(self.carrier(name), leaf(name)))
-            with answering(self.model.unembed, answers):
-                values = measure(self.run(tokens)[:, 0])
-            total = values.sum()
-        _check_read(reads, activations)
-        if set(leaves) != set(hooks) or not (values.requires_grad or stopped):
-            raise FeatpatchError(
-                f"no gradient of the metric at {', '.join(hooks)}: expected hook points that every forward pass reaches, and "
-                "a differentiable metric (ranks and accuracies are not)"
-            )
-        found: Sequence[torch.Tensor | None] = [None] * len(leaves)
-        if values.requires_grad:
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        kept = zip(leaves.items(), found, strict=True)
-        gradients = {name: torch.zeros_like(x, requires_grad=False) if g is None else g for (name, x), g in kept}
-        return Differentiated(values.detach(), gradients, activations)
 
     @torch.no_grad()
     def embedded(self, tokens: Int[torch.Tensor, "rows pos"]) -> Float[torch.Tensor, "rows pos d_model"]:
@@ -435,32 +306,6 @@ class Lens(Model, ABC):
                 parts.append(self.differentiable_through(layer, entering, tokens.expand(len(entering), -1), hook))
         return torch.cat(parts)
 
-    def pull(
-        self,
-        layer: int,
-        resid: Float[torch.Tensor, "rows pos d_model"],
-        tokens: Int[torch.Tensor, "rows pos"],
-        hook: str,
-        weights: torch.Tensor,
-        put: Mapping[str, torch.Tensor],
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Compute the gradient of `(weights * activation at the hook point).sum()` for `resid` and for values inside the layer.
-
-        Args:
-            put: the values that replace activations inside the layer, by hook point.
-
-        Returns:
-            The gradient with respect to `resid`, and the gradients with respect to the values in `put`.
-        """
-        with torch.inference_mode(False), torch.enable_grad():
-            leaves = [value.detach().clone().requires_grad_() for value in (resid, *put.values())]
-            with self.put(dict(zip(put, leaves[1:], strict=True))):
-                value = self.differentiable_through(layer, leaves[0], tokens.clone().to(self.device), hook)
-            total = (value * weights.clone().to(value.device).reshape(value.shape)).sum()
-            found = torch.autograd.grad(total, leaves, allow_unused=True)
-        first, *others = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
-        return first.detach(), dict(zip(put, others, strict=True))
-
     def differentiable_through(
         self, layer: int, resid: Float[torch.Tensor, "rows pos d_model"], tokens: Int[torch.Tensor, "rows pos"], hook: str
     ) -> torch.Tensor:
@@ -511,10 +356,6 @@ class Lens(Model, ABC):
         Gradients are kept. The layers below are skipped, and only the answer positions are unembedded.
         """
 
-    def digest(self) -> str:
-        """Return the SHA-256 of the model's weights."""
-        return digest(self.model)
-
     def state(self) -> object:
         """Return everything that runs depend on, for comparison: the digest of the weights and the attached hooks."""
         return self.digest(), self.watch.attached()
@@ -536,7 +377,7 @@ def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> 
         handle.remove()
 
 
-def _check_read(hooks: Sequence[str], activations: Mapping[str, torch.Tensor]) -> None:
+def check_read(hooks: Sequence[str], activations: Mapping[str, torch.Tensor]) -> None:
     """Check that all hook points were reached and that the values there are finite.
 
     Raises:

@@ -2,12 +2,14 @@
 
 By itself, transformers fills missing tensors with random values, drops tensors that the model has no place for, and reads a
 pickle if an index names one. At most it logs a message.
+
+How the weights of a model were processed (`processing_steps`) is determined by measurement.
 """
 
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -28,11 +30,13 @@ from transformer_lens.model_bridge.sources.transformers import (
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from featpatch import sites
 from featpatch.errors import FeatpatchError, FeatpatchWarning
 from featpatch.files import read_json
-from featpatch.model.digest import check_finite
+from featpatch.model.facts import check_finite
+from featpatch.model.layer import Norm, norm_of
+from featpatch.model.lens import Lens
 from featpatch.model.sources import check_device, check_there, folder_with, installing_nothing, not_found, numerically
-from featpatch.model.stack import processing_steps
 from featpatch.model.transformer_lens import MERGE, BridgeLens, check_form, uncompiled
 from featpatch.untrusted import short
 
@@ -319,3 +323,40 @@ def _as_it_is(tokenizer: Any) -> Any:
     given = copy(tokenizer)
     given.init_kwargs = {"name_or_path": "", **tokenizer.init_kwargs, "add_bos_token": True}
     return given
+
+
+CENTRED = 1e-3
+"""Maximum mean over coordinates of a residual stream that counts as centred, as a fraction of its root mean square."""
+
+
+def processing_steps(lens: Lens) -> Sequence[str]:
+    """Return the processing steps that the weights have gone through: `fold_ln`, `center_writing_weights`, both or neither."""
+    done = []
+    if trivial_norms(lens):
+        done.append("fold_ln")
+    stream = lens.read(torch.tensor([[0, 1, 2]]), [sites.resid_pre(lens.n_layers - 1)])[sites.resid_pre(lens.n_layers - 1)]
+    stream = stream.double()
+    if bool((stream.mean(-1).abs() <= CENTRED * stream.square().mean(-1).sqrt()).all()):
+        done.append("center_writing_weights")
+    return done
+
+
+def trivial_norms(lens: Lens) -> bool:
+    """Return whether the norms before attention and MLP have no weight other than 1.
+
+    The weight may be folded, or was never trained.
+    """
+    norms = _norms(lens)
+    return bool(norms) and all(norm.weight is None or bool((norm.weight == 1).all()) for norm in norms)
+
+
+def folded(lens: Lens) -> bool:
+    """Return whether the weights of the norms before attention and MLP are folded into the weights that read their output."""
+    gone = all(norm.weight is None for norm in _norms(lens)) or getattr(lens.model, "_weights_processed", False)
+    return trivial_norms(lens) and bool(gone)
+
+
+def _norms(lens: Lens) -> list[Norm]:
+    cfg = lens.model.cfg
+    found = [norm_of(getattr(block, name, None), cfg) for block in lens.model.blocks for name in ("ln1", "ln2")]
+    return [norm for norm in found if norm is not None]

@@ -1,7 +1,9 @@
-"""The layers of a model with the projections of each head apart, checked against what the model computes.
+"""How attention and MLPs of a TransformerLens model write to the residual stream, and what each of their heads reads.
 
-Each head can then read an input of its own, and gradients are computed from the weights: from what a layer adds to what each of
-its receivers (a head's query, key or value, and the MLP) reads.
+Because each head has its own projections, it can read an input of its own, and gradients are computed from the weights: from
+what a layer adds to what each of its receivers (a head's query, key or value, and the MLP) reads.
+
+Each form is compared with the activations of the model before it is used.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,11 +14,79 @@ from jaxtyping import Float, Int
 
 from featpatch import sites
 from featpatch.model.backward import LIVE, Rules, attend, under
-from featpatch.model.layer import Layer, UnsupportedError
+from featpatch.model.layer import Layer, Norm, UnsupportedError, norm_of
 from featpatch.model.lens import Lens
 
 INSIDE = ("q", "k", "v")
 """The inputs of an attention head that are receivers."""
+
+
+@dataclass(frozen=True)
+class AttentionOutput:
+    """The way in which a layer adds its heads to the residual stream: `norm(sum of z W_O + b_O)`, or the same without a norm.
+
+    Attributes:
+        weight: W_O, `[heads, d_head, d_model]`.
+        bias: b_O.
+        norm: the norm after attention.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    norm: Norm | None
+
+    def in_front(self, z: Float[torch.Tensor, "rows heads d_head"]) -> Float[torch.Tensor, "rows d_model"]:
+        """Return what goes into the norm, in the dtype and on the device of `z`."""
+        out = z.flatten(1) @ self.weight.to(z).flatten(0, 1)
+        return out if self.bias is None else out + self.bias.to(z)
+
+
+ROUNDING = 8
+"""The accepted deviation of a sum from what the model computes, as a share of the largest value, in units of its precision; at
+least 0.001, because models compute norms in float32."""
+
+
+def rounding(lens: Lens) -> float:
+    """Return the accepted deviation of a sum from what a model computes, as a share of the largest value."""
+    return max(1e-3, float(ROUNDING * torch.finfo(lens.dtype).eps))
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float32 at least, without its gradient."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def attention_outputs(lens: Lens, tokens: Int[torch.Tensor, "prompts pos"]) -> list[AttentionOutput | None]:
+    """Return the way in which each layer adds its heads to the residual stream; None if it has another one.
+
+    Which norm follows attention is measured, because the norm in front of attention (GPT-2) and the one after it (OLMo 2) can
+    have the same name. Quantised weights can't be read.
+
+    Args:
+        tokens: prompts on which the outputs are compared with the model.
+    """
+    parts = [(sites.component(layer, "z"), sites.component(layer, "attn_out")) for layer in range(lens.n_layers)]
+    read = lens.read(tokens, [hook for both in parts for hook in both])
+    found: list[AttentionOutput | None] = []
+    for layer, (z, out) in enumerate(parts):
+        block, weight = lens.model.blocks[layer], lens.output_weight(layer)
+        norms = [norm_of(getattr(block, name, None), lens.model.cfg) for name in ("ln1_post", "ln1")]
+        outputs = [] if weight is None else [
+            AttentionOutput(weight, getattr(block.attn, "b_O", None), norm)
+            for norm in [None, *(norm for norm in norms if norm is not None)]
+        ]  # fmt: skip
+        flat = read[z].flatten(0, 1), read[out].flatten(0, 1)
+        found.append(next((output for output in outputs if _adds(output, *flat, rounding(lens))), None))
+    return found
+
+
+def _adds(output: AttentionOutput, z: torch.Tensor, out: torch.Tensor, tolerance: float) -> bool:
+    """Return whether heads `[rows, ...]` that are added in this way give what attention adds, `[rows, d_model]`."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    raw = output.in_front(z.to(output.weight.device, wide).reshape(len(z), *output.weight.shape[:2]))
+    found = raw if output.norm is None else output.norm(raw.to(output.weight.dtype)).to(wide)
+    expected = out.to(raw)
+    return bool((found - expected).abs().max() <= tolerance * torch.maximum(raw.abs().max(), expected.abs().max()))
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.model.layer import Rotation, Stack, UnsupportedError
+from featpatch.model.layer import ACTIVATIONS, Layer, Linear, Mlp, Rotation, Stack, UnsupportedError, build, norm_of, softcap_of
 from featpatch.model.lens import Edit, Fired, Lens, answering
-from featpatch.model.stack import Attention, build
 from featpatch.threads import exclusively, in_this_thread
 
 
@@ -69,12 +68,14 @@ class HookedLens(Lens):
         """Return the model as row-wise functions, see `Lens.stack`."""
         if getattr(self.model.cfg, "use_dynamic_ntk_rope", False):
             raise UnsupportedError("rotary embeddings that depend on the length of the prompt")
-        return build(self.model, [self._attention(block.attn, longest) for block in self.model.blocks])
+        return build(self.model, (self._layer(block, longest) for block in self.model.blocks))
 
-    def _attention(self, attn: Any, length: int) -> Attention:
-        cfg = self.model.cfg
+    def _layer(self, block: Any, length: int) -> Layer:
+        cfg, attn = self.model.cfg, block.attn
         rotary = cfg.positional_embedding_type == "rotary"
-        return Attention(
+        return _layer_from(
+            block,
+            cfg,
             scale=1 / float(attn.attn_scale),
             softcap=cfg.attn_scores_soft_cap,
             window=cfg.window_size if attn.attn_type == "local" else None,
@@ -174,7 +175,7 @@ class BridgeLens(Lens):
         turns, short = ({}, {}) if not hooks else (self._rotations(hooks, longest), self._rotations(hooks, shortest))
         if not all(torch.equal(turns[hook][:, :shortest], short[hook]) for hook in hooks):
             raise UnsupportedError("rotary embeddings that depend on the length of the prompt")
-        return build(self.model, [self._attention(layer, turns) for layer in range(self.n_layers)])
+        return build(self.model, (self._layer(layer, turns) for layer in range(self.n_layers)))
 
     def _rotations(self, hooks: list[str], length: int) -> dict[str, torch.Tensor]:
         return self.read(torch.zeros(1, length, dtype=torch.long), hooks)
@@ -222,10 +223,13 @@ class BridgeLens(Lens):
                     else:
                         block.__dict__["forward"] = forward
 
-    def _attention(self, layer: int, turns: dict[str, torch.Tensor]) -> Attention:
-        module, cfg = self.model.blocks[layer].attn.original_component, self.model.cfg
+    def _layer(self, layer: int, turns: dict[str, torch.Tensor]) -> Layer:
+        block, cfg = self.model.blocks[layer], self.model.cfg
+        module = block.attn.original_component
         cos, sin = (turns.get(hook) for hook in sites.rotary(layer))
-        return Attention(
+        return _layer_from(
+            block,
+            cfg,
             scale=float(getattr(module, "scaling", cfg.d_head**-0.5)),
             softcap=getattr(module, "attn_logit_softcapping", None),
             window=getattr(module, "sliding_window", None),
@@ -233,6 +237,68 @@ class BridgeLens(Lens):
             if cos is None or sin is None
             else Rotation(cos[0], sin[0], adjacent=bool(getattr(cfg, "rotary_adjacent_pairs", False))),
         )
+
+
+def _layer_from(
+    block: Any, cfg: Any, *, scale: float, softcap: float | None, window: int | None, rotation: Rotation | None
+) -> Layer:
+    """Convert a layer of a model, given the attention settings that the two model classes keep in different places.
+
+    Args:
+        block, cfg: the layer and the configuration of the model.
+        scale, softcap, window, rotation: those of `Layer`; a soft-cap of 0 means none.
+
+    Raises:
+        UnsupportedError: the layer does not have the form described in `layer`.
+    """
+    attn = block.attn
+    try:
+        projections = [
+            Linear(weight.permute(1, 0, 2).flatten(1), None if bias is None else bias.flatten())  # heads side by side
+            for weight, bias in ((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V))
+        ]
+        out = Linear(attn.W_O.flatten(0, 1), attn.b_O)
+    except AttributeError as error:
+        raise UnsupportedError(f"attention without separate weights ({error})") from error
+    except NotImplementedError as error:
+        raise UnsupportedError("quantised weights, which can be run but not read") from error
+    return Layer(
+        norm1=norm_of(getattr(block, "ln1", None), cfg),
+        query=projections[0],
+        key=projections[1],
+        value=projections[2],
+        query_norm=norm_of(getattr(attn, "q_norm", None), cfg),
+        key_norm=norm_of(getattr(attn, "k_norm", None), cfg),
+        rotation=rotation,
+        d_head=int(cfg.d_head),
+        scale=scale,
+        softcap=softcap_of(softcap),
+        window=window,
+        out=out,
+        post1=norm_of(getattr(block, "ln1_post", None), cfg),
+        norm2=norm_of(getattr(block, "ln2", None) or (getattr(block, "ln1", None) if cfg.parallel_attn_mlp else None), cfg),
+        mlp=_mlp(getattr(block, "mlp", None), cfg),
+        post2=norm_of(getattr(block, "ln2_post", None), cfg),
+        parallel=bool(cfg.parallel_attn_mlp),
+    )
+
+
+def _mlp(mlp: Any, cfg: Any) -> Mlp | None:
+    """Convert the MLP of a layer; None if it has none."""
+    if mlp is None:
+        return None
+    if cfg.act_fn not in ACTIVATIONS:
+        raise UnsupportedError(f"activation function {cfg.act_fn!r}")
+    try:
+        gate = getattr(mlp, "W_gate", None)
+        into, out = Linear(mlp.W_in, mlp.b_in), Linear(mlp.W_out, mlp.b_out)
+    except AttributeError as error:
+        raise UnsupportedError(f"an MLP without the standard weights ({error})") from error
+    except NotImplementedError as error:
+        raise UnsupportedError("quantised weights, which can be run but not read") from error
+    if into.weight is None or into.weight.dim() != 2:
+        raise UnsupportedError("a mixture-of-experts MLP")
+    return Mlp(ACTIVATIONS[cfg.act_fn], None if gate is None else Linear(gate, None), into, out)
 
 
 @cache

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from featpatch.errors import FeatpatchError, check_kinds
-from featpatch.pairs.pair import LabelPosition, Pair, Sequences, label_positions, positions_of
+from featpatch.pairs.labels import label_positions
+from featpatch.pairs.pair import LabelPosition, Pair, Sequences, positions_of
 from featpatch.pairs.tokens import (
     AnswerTokens,
     Tokenizer,

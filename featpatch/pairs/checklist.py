@@ -25,7 +25,7 @@ from featpatch.frame import Frame
 from featpatch.metrics import Measure, find
 from featpatch.page.page import block
 from featpatch.pairs.likelihood import Logits, Runs, log_probs
-from featpatch.pairs.pair import Pair, check_by_position, positions_of
+from featpatch.pairs.pair import Pair, positions_of
 from featpatch.pairs.tokens import by_itself, first_token, is_padded, special_positions
 
 Status = Literal["pass", "warn", "fail"]
@@ -368,3 +368,18 @@ def without(pairs: Sequence[Pair], found: Checklist, dropped: str | Sequence[str
             f"all {len(pairs)} pairs have the verdict {dropped!r}: expected some pairs to keep; look at the findings"
         )
     return left
+
+
+def check_by_position(pairs: Sequence[Pair]) -> None:
+    """Check that no pair is patched label by label.
+
+    Raises:
+        FeatpatchError: one is.
+    """
+    for number, pair in enumerate(pairs):
+        if pair.by_label:
+            raise FeatpatchError(
+                f"pair {number} is patched label by label ({pair!r}): expected prompts that correspond position by position; "
+                "use rank_features, rank_components or ablate with method='exact' and without screen, or make the pairs with "
+                "align='labels' and a filler="
+            )

@@ -6,7 +6,8 @@ from typing import Any
 from featpatch.errors import FeatpatchError, each
 from featpatch.pairs.build import make, token_ids
 from featpatch.pairs.files import csv_rows, fitting, have_columns, json_lines, parsed, read
-from featpatch.pairs.pair import Pair, after_special
+from featpatch.pairs.labels import after_special
+from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import AnswerTokens, Tokenizer
 
 

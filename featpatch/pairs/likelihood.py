@@ -1,6 +1,6 @@
-"""Batches of prompts of equal length, and how likely a model finds their tokens or the answers that follow them."""
+"""How likely a model finds the tokens of prompts, or the answers that follow them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -10,37 +10,16 @@ from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.pair import Sequences
+from featpatch.pairs.tokens import chunks
 from featpatch.threads import Watch, check_unedited
 from featpatch.untrusted import short
 
 Logits = Float[torch.Tensor, "pos d_vocab"]
 
 Taken = TypeVar("Taken")
-Length = TypeVar("Length", int, tuple[int, int], int | tuple[int, int])
 
 TOKENS = 1024
 """The largest number of tokens of several prompts that share a forward pass."""
-
-
-def by_length(lengths: Iterable[Length]) -> dict[Length, list[int]]:
-    """Return the indices of prompts or pairs, grouped by the number of tokens."""
-    groups: dict[Length, list[int]] = {}
-    for index, length in enumerate(lengths):
-        groups.setdefault(length, []).append(index)
-    return groups
-
-
-def chunks(lengths: Sequence[int | tuple[int, int]], tokens: int) -> Iterator[list[int]]:
-    """Yield the indices of equally long prompts or pairs to run in one batch, of at most `tokens` tokens but at least one.
-
-    Args:
-        lengths: the number of tokens of each prompt, or those of the clean and of the corrupted prompt of each pair.
-        tokens: the largest number of tokens of the prompts of a batch.
-    """
-    for length, group in by_length(lengths).items():
-        size = max(1, tokens // (max(length) if isinstance(length, tuple) else length))
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,18 @@ has a place in either prompt, and the prompts are patched label by label.
 
 A prompt without a counterfactual is a pair whose corrupted prompt equals the clean one.
 
-Positions are those of characters, spans and words in a prompt, and those that a request such as `"all"`, `"each"` or
-`["S2", 0]` stands for.
+Positions are those that a request such as `"all"`, `"each"` or `["S2", 0]` stands for.
 """
 
 import warnings
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 from operator import index
 from typing import Any, SupportsIndex, cast
 
 from featpatch.errors import MAX_INTEGER, FeatpatchError, FeatpatchWarning, check_kinds, is_integer
 from featpatch.nodes import Position
-from featpatch.pairs.tokens import Tokenizer, bare_ids, plain_integers, plain_tokenizer, prompt_ids, special_positions
+from featpatch.pairs.tokens import plain_integers
 from featpatch.untrusted import visible
 
 Sequences = tuple[tuple[int, ...], ...]
@@ -244,6 +242,20 @@ class Pair:
             raise FeatpatchError(f"{given}: expected no answer to be both correct and wrong; remove it from one of the two")
 
 
+@dataclass(frozen=True)
+class Reading:
+    """One position at which logits are read.
+
+    Attributes:
+        continuation: tokens that follow the prompt; the logits after the last of them are read.
+        correct, wrong: token ids of the answers at that position.
+    """
+
+    continuation: tuple[int, ...]
+    correct: tuple[int, ...]
+    wrong: tuple[int, ...]
+
+
 def _checked_labels(labels: Mapping[str, Any], n: int) -> dict[str, LabelPosition]:
     """Return the labels of a prompt of `n` tokens with plain integers as positions.
 
@@ -313,187 +325,9 @@ def token_index(position: int, length: int) -> int:
     return position % length
 
 
-def check_by_position(pairs: Sequence[Pair]) -> None:
-    """Check that no pair is patched label by label.
-
-    Raises:
-        FeatpatchError: one is.
-    """
-    for number, pair in enumerate(pairs):
-        if pair.by_label:
-            raise FeatpatchError(
-                f"pair {number} is patched label by label ({pair!r}): expected prompts that correspond position by position; "
-                "use rank_features, rank_components or ablate with method='exact' and without screen, or make the pairs with "
-                "align='labels' and a filler="
-            )
-
-
 def positions_of(label: LabelPosition) -> tuple[int, ...]:
     """Return the token positions that a label names, one or those of a span."""
     return label if isinstance(label, tuple) else (label,)
-
-
-@dataclass(frozen=True)
-class PairText:
-    """A pair as text.
-
-    Attributes:
-        clean, corrupted: the text of each token; `corrupted` is empty if the prompt has no counterfactual.
-        differs: for each token of the clean and of the corrupted prompt, whether it is not in the other prompt.
-        titles: for each token of both prompts, a tooltip with its position and labels.
-        correct, wrong: the texts of the right and wrong answers.
-    """
-
-    clean: Sequence[str]
-    corrupted: Sequence[str]
-    differs: tuple[Sequence[bool], Sequence[bool]]
-    titles: tuple[Sequence[str], Sequence[str]]
-    correct: Sequence[str]
-    wrong: Sequence[str]
-
-    @classmethod
-    def of(cls, pair: Pair, tokenizer: Any) -> "PairText":
-        """Decode a pair; token ids stand for its tokens if the tokenizer is None or can't decode."""
-        decode = getattr(tokenizer, "decode", None) or (lambda ids: " ".join(map(str, ids)))
-        correct, wrong = ([decode(list(answer)) for answer in side] for side in pair.answers)
-        return cls(
-            clean=[decode([token]) for token in pair.clean],
-            corrupted=[decode([token]) for token in pair.corrupted] if pair.has_counterfactual else [],
-            differs=_differing(pair),
-            titles=(_titles(len(pair.clean), pair.labels), _titles(len(pair.corrupted), pair.corrupted_labels or pair.labels)),
-            correct=correct,
-            wrong=wrong,
-        )
-
-
-def _differing(pair: Pair) -> tuple[list[bool], list[bool]]:
-    """Return for each token of both prompts whether it differs; tokens of unequal prompts are matched in their order."""
-    if not pair.by_label:
-        differs = [one != other for one, other in zip(pair.clean, pair.corrupted, strict=True)]
-        return differs, differs
-    here, there = [True] * len(pair.clean), [True] * len(pair.corrupted)
-    for block in SequenceMatcher(None, pair.clean, pair.corrupted, autojunk=False).get_matching_blocks():
-        here[block.a : block.a + block.size] = there[block.b : block.b + block.size] = [False] * block.size
-    return here, there
-
-
-def _titles(length: int, labels: Mapping[str, LabelPosition]) -> list[str]:
-    """Return for each token of a prompt its position and labels as text."""
-    names: dict[int, list[str]] = {}
-    for label, position in labels.items():
-        for p in positions_of(position):
-            names.setdefault(p, []).append(label)
-    return [", ".join([f"position {position}", *names.get(position, [])]) for position in range(length)]
-
-
-Label = SupportsIndex | range | str | Sequence[SupportsIndex] | Mapping[str, Any]
-"""The place of a label: a token position; a text that occurs once in the prompt, or its characters (start, end), both of which
-stand for the last token; or a span, given as a range of token positions or as `{"span": text or characters}`."""
-
-
-def token_at(tokenizer: Tokenizer, text: str, character: int, *, first: bool = False) -> int:
-    """Return the position of the token that holds a character of the text.
-
-    A fast Hugging Face tokenizer gives the offsets of tokens. With any other tokenizer, the text up to the character is
-    tokenized, and its tokens are counted.
-
-    Args:
-        first: whether to return the first or the last position if several tokens hold the character, such as its bytes.
-
-    Raises:
-        FeatpatchError: the character is outside the text, or in no token.
-    """
-    if not 0 <= character < len(text):
-        raise FeatpatchError(f"character {character} is outside {text[:40]!r}: expected 0 to {len(text) - 1}")
-    plain, whole = plain_tokenizer(tokenizer), bare_ids(tokenizer, text)
-    ids = prompt_ids(tokenizer, text)
-    last = len(ids) - len(whole)
-    begin = next((start for start in range(len(ids)) if ids[start : start + len(whole)] == whole), last)
-    if begin < 0 or ids[begin + 1 : begin + len(whole)] != whole[1:]:  # the first may change with BOS in front
-        raise FeatpatchError(
-            f"the tokens of {text[:40]!r} change when special tokens are added: expected the same tokens; give labels as "
-            "token positions"
-        )
-    if getattr(plain, "is_fast", False):
-        offsets: Any = plain(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
-        holding = [position for position, (start, stop) in enumerate(offsets) if start <= character < stop]
-        if not holding:
-            raise FeatpatchError(f"character {character} of {text[:40]!r} is in no token: expected one inside a word")
-        return begin + holding[0 if first else -1]
-    until = (text[:character], text[:character].rstrip(" ")) if first else (text[: character + 1],)
-    before = next((ids for ids in (bare_ids(tokenizer, part) for part in until) if whole[: len(ids)] == ids), None)
-    if before is None:
-        raise FeatpatchError(
-            f"the tokens of {until[0][-30:]!r} change with the text that follows: expected labels that start and end with a "
-            "word"
-        )
-    return begin + len(before) - (0 if first else 1)
-
-
-def label_positions(tokenizer: Tokenizer, prompt: str | Sequence[int], labels: Mapping[str, Any]) -> dict[str, LabelPosition]:
-    """Return the token position of each label, or its positions if the label is a span.
-
-    A text, or characters [start, end], stands for its last token, and with `{"span": ...}` for all its tokens. Spaces at its
-    ends do not count. A range of token positions is a span too.
-
-    Raises:
-        FeatpatchError: a label is not a position, text or span, or its text does not occur exactly once in the prompt.
-    """
-    positions = {}
-    for name, label in labels.items():
-        try:
-            positions[name] = _position(tokenizer, prompt, label)
-        except FeatpatchError as error:
-            raise FeatpatchError(f"label {name!r}: {error}") from error
-    return positions
-
-
-def after_special(tokenizer: Tokenizer, ids: Sequence[int], labels: Mapping[str, int]) -> dict[str, int]:
-    """Convert positions that do not count the special tokens (BOS) at the start of the prompt to positions that do."""
-    special = special_positions(tokenizer, ids)
-    shift = next((position for position in range(len(ids)) if position not in special), 0)
-    return {name: position + shift for name, position in labels.items()}
-
-
-def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> LabelPosition:
-    """Return the token position of one label, or the positions of a span."""
-    plain = plain_integers(label)
-    if plain is not None and (isinstance(plain, int) or isinstance(label, range) or not isinstance(prompt, str)):
-        return plain
-    if isinstance(prompt, str):
-        whole = isinstance(label, Mapping) and set(label) == {"span"}
-        start, end = _characters(prompt, label["span"] if whole else label)
-        if prompt[start:end].strip(" "):  # a space can be part of the next word's token
-            end -= len(prompt[start:end]) - len(prompt[start:end].rstrip(" "))
-            start += len(prompt[start:end]) - len(prompt[start:end].lstrip(" "))
-        last = token_at(tokenizer, prompt, end - 1)
-        return tuple(range(token_at(tokenizer, prompt, start, first=True), last + 1)) if whole else last
-    raise FeatpatchError(f"{label!r} does not apply to a prompt of token ids: expected a position or a range of positions")
-
-
-def _characters(prompt: str, label: Any) -> tuple[int, int]:
-    """Return where a text starts and ends in the prompt, given the text or its characters [start, end]."""
-    if isinstance(label, str) and label:
-        start = prompt.find(label)
-        if start < 0 or prompt.find(label, start + 1) >= 0:
-            found = "is not" if start < 0 else "is more than once"
-            raise FeatpatchError(
-                f"{label!r} {found} in {prompt[:60]!r}: expected text that occurs exactly once; give more of it, or its "
-                "character range [start, end]"
-            )
-        return start, start + len(label)
-    edges = plain_integers(label)
-    if isinstance(edges, tuple) and len(edges) == 2:
-        start, end = edges
-        if not 0 <= start < end <= len(prompt):
-            raise FeatpatchError(
-                f"the characters {list(label)} are outside {prompt[:60]!r} or empty: expected 0 <= start < end <= {len(prompt)}"
-            )
-        return start, end
-    raise FeatpatchError(
-        f"{label!r} is not a valid label: expected a token position, text that occurs once, a character range [start, end], "
-        '{"span": text or character range} for all its tokens, or a range of token positions'
-    )
 
 
 Positions = str | Sequence[Position]

@@ -1,4 +1,4 @@
-"""Tokenization of prompts and of the answers that follow them.
+"""Tokenization of prompts and of the answers that follow them, and batches of prompts of equal length.
 
 A tokenizer is a Hugging Face tokenizer, a function from a text to ids, or a TransformerLens model. Given a model, prompts get
 the ids that `model(text)` would use, including BOS if the model prepends it; a tokenizer is called as it is.
@@ -6,11 +6,11 @@ the ids that `model(text)` would use, including BOS if the model prepends it; a 
 
 import unicodedata
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import index
-from typing import Any
+from typing import Any, TypeVar
 
 from featpatch.errors import FeatpatchError, FeatpatchWarning
 
@@ -315,3 +315,27 @@ def plain_integers(value: Any) -> int | tuple[int, ...] | None:
         return None if isinstance(value, bool) else index(value)
     except TypeError:
         return None
+
+
+Length = TypeVar("Length", int, tuple[int, int], int | tuple[int, int])
+
+
+def by_length(lengths: Iterable[Length]) -> dict[Length, list[int]]:
+    """Return the indices of prompts or pairs, grouped by the number of tokens."""
+    groups: dict[Length, list[int]] = {}
+    for number, length in enumerate(lengths):
+        groups.setdefault(length, []).append(number)
+    return groups
+
+
+def chunks(lengths: Sequence[int | tuple[int, int]], tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of equally long prompts or pairs to run in one batch, of at most `tokens` tokens but at least one.
+
+    Args:
+        lengths: the number of tokens of each prompt, or those of the clean and of the corrupted prompt of each pair.
+        tokens: the largest number of tokens of the prompts of a batch.
+    """
+    for length, group in by_length(lengths).items():
+        size = max(1, tokens // (max(length) if isinstance(length, tuple) else length))
+        for start in range(0, len(group), size):
+            yield group[start : start + size]

@@ -5,25 +5,28 @@ What happens between `fp.rank_features` and a number, in the order of the formul
     x' = x_b + dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error is in S]
     recovery = (m(x') - m_corrupted) / (m_clean - m_corrupted)
 
-1. A `Study` (study.py) checks the arguments: the `Pair`s of prompts, the `Lens` through which the model is read and edited
-   (model/lens.py), and a `Part` (parts.py), which says what is patched: here a `FeaturePart` with one or more `Dictionary`s,
-   the SAEs (sae/dictionary.py).
-2. The clean and the corrupted prompt of each pair are run. A `Run` (changes.py) holds the activations x of one prompt. Each
-   direction has a base run b, which is patched, and a source run s, which values are taken from.
-3. The dictionary splits both activations into a `Split` of features f and error e. A `Difference` (changes.py) holds the
-   features that differ between the two, and what they add: the only features whose patches can have an effect.
+1. A `Study` (study.py) checks the arguments: the `Pair`s of prompts (pairs/pair.py), the `Lens` through which the model is read
+   and edited (model/lens.py), the `Measures` (metrics.py), and a `Part` (changes.py), which says what is patched: here a
+   `FeaturePart` (features.py) with one or more `Dictionary`s, the SAEs (sae/dictionary.py), each of which is a `Codec` at its
+   hook points (sae/codec.py).
+2. A `Runner` (runs.py) runs the clean and the corrupted prompt of each pair. A `Run` holds the activations x of one prompt.
+   Each direction has a base run b, which is patched, and a source run s, which values are taken from. A `Reading` says where in
+   a run the metric is read (pairs/pair.py).
+3. The dictionary splits both activations into a `Split` of features f and error e (sae/codec.py). A `Difference` (changes.py)
+   holds the features that differ between the two, and what they add: the only features whose patches can have an effect.
 4. Patches, named by one `Node` each, form a `Swap` (changes.py) with their `Deltas` x' - x_b at each hook point that they
    change (engine/patches.py): sparse rows of (patch, position, direction in activation space, coefficient). They come from
    `Dictionary.change`, which is the formula above, with two shortcuts: each feature of a linear dictionary adds f_s - f_b times
    its decoder direction (times the gain of the base run's state, if the dictionary has one), and a whole activation x_s - x_b.
-5. A `Swap` applied to a base run is a `Block` (engine/patches.py). The engine's `Sweep` (engine/sweep.py) packs the patches of
+5. A `Swap` applied to a `BaseRun` is a `Block` (engine/patches.py). The engine's `Sweep` (engine/sweep.py) packs the patches of
    many blocks into forward passes, and reads the metric m(x') of each patch. The passes resume at the patched layer and
-   position (engine/suffix.py), and make the changes at higher hook points on their way up (engine/rows.py); for models that
-   this does not support, they are the model's own from that layer on (engine/path.py).
+   position (engine/suffix.py), with the model as a `Stack` of row-wise layers (model/layer.py), and make the changes at higher
+   hook points on their way up; for models that this does not support, they are the model's own from that layer on
+   (engine/path.py).
 6. A `Collector` (effects/collector.py) gathers the values in an `Effects` table (effects/table.py), which derives recovery,
    degradation, intervals and quadrants.
 
 Other nodes to patch (heads, paths, sets, random controls) are another `Part` of such a study. Other values to patch in
-(ablation) are another `Contrast` (changes.py), which chooses base and source; embeddings with `Noise` (runs.py) are another
-corrupted run.
+(ablation) are another `Contrast` (runs.py), which chooses base and source; embeddings with `Noise` (noise.py) are another
+corrupted run. Metrics of answers of several tokens have several readings (sequences.py).
 """

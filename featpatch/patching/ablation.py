@@ -14,18 +14,19 @@ import torch
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError, each, is_finite, is_integer, is_number
+from featpatch.model.cached import cached
+from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import ActivationCache
-from featpatch.model.vocabulary import check_tokens
-from featpatch.pairs.likelihood import chunks
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs, check_unmixed
-from featpatch.patching.changes import Contrast, Run, Ways
+from featpatch.pairs.tokens import chunks
+from featpatch.patching.changes import Part
 from featpatch.patching.components import WholePart, component_parts
 from featpatch.patching.features import FeaturePart
-from featpatch.patching.parts import Part
-from featpatch.patching.runs import TOKENS_AT_ONCE
-from featpatch.sae.dictionary import Dictionary, Split, dictionaries
+from featpatch.patching.runs import TOKENS_AT_ONCE, Contrast, Run, Ways
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary, dictionaries
 
 Values = tuple[torch.Tensor, ...]
 """Several activations, or parts of one, each `[pos, ...]`."""
@@ -240,7 +241,7 @@ class Means(Everywhere):
 
     Args:
         lens: the model.
-        given: an `ActivationCache` or a mapping of activations, as in `Lens.cached`.
+        given: an `ActivationCache` or a mapping of activations, as in `model.cached`.
     """
 
     def __init__(self, lens: Lens, given: Any) -> None:
@@ -270,8 +271,8 @@ class Means(Everywhere):
                     f"to=activations for {of!r}: expected to='mean_by_position', 'zero' or 'resample', because a mean over all "
                     "positions is not an attention pattern"
                 )
-            return (self.lens.cached("to", self.given, [of])[of],)
-        found = self.lens.cached("to", self.given, [of.reads, of.writes])
+            return (cached(self.lens, "to", self.given, [of])[of],)
+        found = cached(self.lens, "to", self.given, [of.reads, of.writes])
         if any(self.given.get(hook, values).ndim < values.ndim for hook, values in found.items()):
             raise FeatpatchError(
                 f"to={{hook: tensor}} for the features of {of.name}: expected activations [batch, pos, ...], whose features "

@@ -1,4 +1,4 @@
-"""What a patch changes: the activations of both runs, their difference, and swaps, which hold the deltas of patches.
+"""What a patch changes: the difference between two runs, and swaps, which hold the deltas of patches.
 
     x' = x_b + dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
 
@@ -6,92 +6,26 @@ A `Contrast` says which run is the base b, which is patched, and which is the so
 clean this is denoising, the other way round noising. A `Difference` compares the two feature by feature. If a unit of a feature
 always adds the same direction (see `Behaviour.linear`), the deltas of single features are multiples of that direction, times
 the gain of the base run's state if the dictionary has one; otherwise each delta is computed by the definition. The error node
-includes the state of the decoder (see `Dictionary.change`).
+includes the state of the decoder (see `Dictionary.change`). A `Part` says which nodes are patched.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 
 from featpatch.engine.patches import Deltas
-from featpatch.files import sha256
 from featpatch.nodes import Combine, Direction, Kind, Node, Position
 from featpatch.pairs.pair import Wanted
-from featpatch.sae.dictionary import Dictionary, Split
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """The activations of one prompt.
-
-    Attributes:
-        activations: the activations `[pos, ...]`, by hook point.
-    """
-
-    activations: Mapping[str, torch.Tensor]
-
-    def at(self, hook: str) -> torch.Tensor:
-        """Return the activation `[pos, ...]` at a hook point."""
-        return self.activations[hook]
-
-    def split(self, dictionary: Dictionary, start: int) -> Split:
-        """Return features and error from position `start` on, as a batch of one."""
-        return dictionary.split({hook: self.at(hook)[None, start:] for hook in dictionary.hooks})
-
-
-@dataclass(frozen=True, eq=False)
-class Labelled(Run):
-    """A run of which only labelled tokens are seen, so that it corresponds to a run of a prompt of another length.
-
-    Attributes:
-        tokens: the token positions of the labels.
-    """
-
-    tokens: Int[torch.Tensor, " places"]
-
-    def at(self, hook: str) -> torch.Tensor:
-        """Return the activation `[place, ...]` of the labelled tokens at a hook point."""
-        return self.activations[hook][self.tokens]
-
-    def split(self, dictionary: Dictionary, start: int) -> Split:
-        """Return features and error of the labelled tokens from place `start` on, encoded as part of the whole prompt."""
-        return Run(self.activations).split(dictionary, 0).map(lambda values: values[:, self.tokens[start:]])
-
-
-Ways = Mapping[Direction, tuple[Run, Run]]
-"""By direction, the run that is patched (base) and the run that values are taken from (source)."""
-
-
-class Contrast(ABC):
-    """A choice of base and source runs for each direction.
-
-    Attributes:
-        everywhere: whether base and source can differ at positions before the first differing token.
-    """
-
-    everywhere: ClassVar[bool] = False
-
-    @abstractmethod
-    def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
-        """Return base and source by direction for the pair with this index, given its clean and corrupted runs."""
-
-    def about(self) -> dict[str, Any]:
-        """Return metadata to store with the results."""
-        return {}
-
-
-class CleanAndCorrupted(Contrast):
-    """A contrast in which each run of a pair is patched with values of the other."""
-
-    def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
-        """Return corrupted and clean as base and source of denoising, and the reverse for noising."""
-        return {"denoising": (corrupted, clean), "noising": (clean, corrupted)}
-
+from featpatch.patching.runs import Labelled, PairRuns, Run, Ways
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary
+from featpatch.sites import layer_of
 
 Change = Mapping[Direction, Float[torch.Tensor, "pos d"]]
 """The change of the flat activation of the patched run, by direction of patching."""
@@ -232,11 +166,16 @@ class Swap:
     by_token: bool = False
     combine: Combine = "add"
 
-    def at(self, direction: Direction, reading: int) -> dict[str, Deltas]:
-        """Return the deltas for a reading, by hook point."""
+    def at(self, run: PairRuns, direction: Direction, reading: int) -> dict[str, Deltas]:
+        """Return the deltas for a reading of a pair, by hook point, at token positions of the base run."""
+        base = run.ways[direction][0]
         if self.longer:
-            return {site: longer[direction][reading] for site, longer in self.longer.items()}
-        return {site: deltas[direction] for site, deltas in self.deltas.items()}
+            found = {site: longer[direction][reading] for site, longer in self.longer.items()}
+        else:
+            found = {site: deltas[direction] for site, deltas in self.deltas.items()}
+        if self.by_token or not isinstance(base, Labelled):
+            return found
+        return {site: replace(deltas, position=base.tokens[deltas.position]) for site, deltas in found.items()}
 
     def keep(self, nodes: frozenset[Node]) -> "Swap":
         """Return the swaps of only these nodes."""
@@ -255,7 +194,7 @@ class Swap:
     @property
     def name(self) -> str:
         """A short name derived from the nodes, the same every time."""
-        return sha256("\n".join(f"{node.sae} {node}" for node in self.nodes).encode())[:24]
+        return hashlib.sha256("\n".join(map(repr, self.nodes)).encode()).hexdigest()[:24]
 
 
 Naming = Callable[[int, Position], Node]
@@ -378,3 +317,48 @@ def count_whole(changes: Mapping[str, Change], wanted: Wanted) -> int:
     """Return the number of patches that `whole_swaps` makes."""
     differs = differing(changes)
     return sum(bool(differs[span].any()) for span in wanted.values())
+
+
+class Part(ABC):
+    """Nodes that are patched, as a dataclass; results that it caches are not pickled for workers."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)  # type: ignore[arg-type]
+
+    @property
+    def owners(self) -> Sequence[Dictionary]:
+        """The dictionaries whose features and errors are patched; none by default."""
+        return ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all nodes at the hook points are patched, so that one without a row has no effect; True by default."""
+        return True
+
+    @property
+    @abstractmethod
+    def hooks(self) -> set[str]:
+        """The hook points whose activations the part needs."""
+
+    @property
+    @abstractmethod
+    def sites(self) -> list[str]:
+        """The hook points at which the changes are added."""
+
+    @property
+    def patched(self) -> "list[tuple[tuple[str, ...], Combine]]":
+        """The hook points that are patched together, and what such a patch means: by default each alone."""
+        return [((site,), "add") for site in self.sites]
+
+    @property
+    def layers(self) -> set[int]:
+        """The layers at whose input the base runs are needed: those of `sites`, if not more."""
+        return set(map(layer_of, self.sites))
+
+    @abstractmethod
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
+        """Return the swaps of each of some pairs that run together."""
+
+    @abstractmethod
+    def count(self, run: PairRuns) -> int:
+        """Return the number of patches per direction in the swaps of a pair."""

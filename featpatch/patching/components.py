@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
+from featpatch.components import ARROW, check_components_and_layers
 from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import ROWS, Lens
@@ -19,13 +20,13 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Direction, Node, Position
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.changes import DecoderDirections, Swap, count_whole, feature_swaps, whole_change, whole_swaps
-from featpatch.patching.parts import DictionaryPart, Part
+from featpatch.patching.changes import DecoderDirections, Part, Swap, count_whole, feature_swaps, whole_change, whole_swaps
+from featpatch.patching.features import DictionaryPart
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
 from featpatch.sae.baselines import identity, neurons
 from featpatch.sae.dictionary import dictionaries
-from featpatch.sites import ARROW, WHOLE, check_components_and_layers, component
+from featpatch.sites import WHOLE, component
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,8 @@ from featpatch.errors import FeatpatchError, check_numbers
 from featpatch.nodes import DIRECTIONS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.changes import DecoderDirections, Difference, Swap, deltas_of
-from featpatch.patching.features import single_study
-from featpatch.patching.parts import DictionaryPart
-from featpatch.patching.readings import Metrics
-from featpatch.patching.runs import PairRuns
+from featpatch.patching.features import DictionaryPart, single_study
+from featpatch.patching.runs import Metrics, PairRuns
 from featpatch.patching.study import Options
 from featpatch.untrusted import visible
 

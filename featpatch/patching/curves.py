@@ -18,8 +18,8 @@ from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.features import feature_study
 from featpatch.patching.joint import node_study
-from featpatch.patching.readings import Metrics
-from featpatch.patching.runs import Noise
+from featpatch.patching.noise import Noise
+from featpatch.patching.runs import Metrics
 from featpatch.patching.sets import MOST, SetPart
 from featpatch.patching.study import Options
 from featpatch.untrusted import in_figure, visible

@@ -23,9 +23,9 @@ from jaxtyping import Bool, Float
 
 from featpatch.errors import FeatpatchError, each
 from featpatch.frame import Frame
+from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.model.vocabulary import check_tokens
 from featpatch.nodes import DIRECTIONS, Direction, Node, Patch, check_directions
 from featpatch.pairs.pairs import Pairs, check_counterfactual
 from featpatch.patching.do import Chosen, Values, choose

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.model.cached import cached
 from featpatch.model.lens import Fired, Lens
 from featpatch.model.transformer_lens import ActivationCache, wrap
 from featpatch.nodes import COMPONENT_KINDS, Node, Patch
@@ -243,7 +244,7 @@ def do(
         source = _rows("source", source)
     else:
         site = lens.site(patch.nodes[0].site)
-        source = torch.zeros(lens.cached("source", given_values, [site])[site].shape[:2], dtype=torch.long)
+        source = torch.zeros(cached(lens, "source", given_values, [site])[site].shape[:2], dtype=torch.long)
     if base is not None and base.shape != source.shape:
         if pair is not None and pair.by_label:
             raise FeatpatchError(
@@ -266,7 +267,7 @@ def do(
         for group in groups:
             check_settable(lens, group)
     hooks = sorted({hook for group in groups for hook in group.hooks})
-    from_source = lens.read(source, hooks, given) if given_values is None else lens.cached("source", given_values, hooks)
+    from_source = lens.read(source, hooks, given) if given_values is None else cached(lens, "source", given_values, hooks)
     uneven = {hook: list(values.shape) for hook, values in from_source.items() if values.shape[:2] != source.shape}
     if uneven:
         raise FeatpatchError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from featpatch.errors import FeatpatchError
@@ -13,6 +14,7 @@ from featpatch.patching.changes import (
     Change,
     DecoderDirections,
     Difference,
+    Part,
     Swap,
     by_output,
     count_whole,
@@ -20,7 +22,6 @@ from featpatch.patching.changes import (
     whole_change,
     whole_swaps,
 )
-from featpatch.patching.parts import Part
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import Dictionary, combined_by, dictionaries
@@ -159,3 +160,83 @@ def single_study(model: Any, sae: Any, pairs: Pairs, position: Position, options
     if len(found) != 1:
         raise FeatpatchError(f"there are {len(found)} SAEs: expected exactly one; call this function once per SAE")
     return study, found[0]
+
+
+@dataclass(frozen=True, eq=False)
+class OnlyPart(Part):
+    """Some of the nodes of another part.
+
+    Attributes:
+        part: the other part.
+        only: the nodes that are patched.
+    """
+
+    part: Part
+    only: frozenset[Node]
+
+    @property
+    def complete(self) -> bool:
+        """False, because some nodes of the other part are left out."""
+        return False
+
+    @property
+    def owners(self) -> Sequence[Dictionary]:
+        """The dictionaries of the other part."""
+        return self.part.owners
+
+    @property
+    def hooks(self) -> set[str]:
+        """The hook points whose activations the other part needs."""
+        return self.part.hooks
+
+    @property
+    def sites(self) -> list[str]:
+        """The hook points that the other part patches."""
+        return self.part.sites
+
+    @property
+    def patched(self) -> "list[tuple[tuple[str, ...], Combine]]":
+        """The hook points that the other part patches together."""
+        return self.part.patched
+
+    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
+        """Return the swaps of each pair with only these nodes, computed once."""
+        return [run.once(self, partial(self._of_pair, run)) for run in runs]
+
+    def count(self, run: PairRuns) -> int:
+        """Return the number of these nodes that differ between the runs."""
+        return sum(len(swap.nodes) for swap in self.swaps([run])[0])
+
+    def _of_pair(self, run: PairRuns) -> list[Swap]:
+        swaps = [swap.keep(self.only) for swap in self.part.swaps([run])[0]]
+        return [swap for swap in swaps if swap.nodes]
+
+
+@dataclass(frozen=True, eq=False)
+class DictionaryPart(Part):
+    """A part that patches nodes of one dictionary.
+
+    Attributes:
+        dictionary: the dictionary.
+    """
+
+    dictionary: Dictionary
+
+    def difference(self, run: PairRuns) -> Difference:
+        """Return the difference between the runs of a pair, computed once."""
+        return run.once(self, lambda: Difference.of(self.dictionary, run.ways, run.first))
+
+    @property
+    def owners(self) -> Sequence[Dictionary]:
+        """The dictionary whose nodes are patched."""
+        return (self.dictionary,)
+
+    @property
+    def hooks(self) -> set[str]:
+        """The hook points that the dictionary reads and writes."""
+        return set(self.dictionary.hooks)
+
+    @property
+    def sites(self) -> list[str]:
+        """The hook points that the dictionary writes."""
+        return list(self.dictionary.outputs)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 
 from featpatch import sites
+from featpatch.components import ARROW, OF_HEADS
 from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError, check_choices, each
 from featpatch.model.lens import Edit, Lens, added
@@ -24,15 +25,15 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Combine, Direction, Node, Patch, Position, joint
 from featpatch.pairs.pair import Pair, spans
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.changes import Contrast, Run, Swap
+from featpatch.patching.changes import Part, Swap
 from featpatch.patching.components import HeadPart, WholePart, neuron_part
 from featpatch.patching.do import Chosen, check_settable, choose, keeping
-from featpatch.patching.features import FeaturePart
-from featpatch.patching.parts import OnlyPart, Part
+from featpatch.patching.features import FeaturePart, OnlyPart
 from featpatch.patching.patches import PatchesPart, check_apart
-from featpatch.patching.runs import PairRuns
+from featpatch.patching.runs import Contrast, PairRuns, Run
 from featpatch.patching.study import CLEAN_AND_CORRUPTED, Options, Study
-from featpatch.sae.dictionary import Dictionary, Split, dictionaries_if_any
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import CODED, check_nodes
 
 Place = tuple[PairRuns, Direction, int]
@@ -355,9 +356,9 @@ def _read(site: str) -> str:
 
 def _ends(position: Position) -> list[Position]:
     """Return a position or, for an entry of an attention pattern, its two positions."""
-    if not isinstance(position, str) or sites.ARROW not in position:
+    if not isinstance(position, str) or ARROW not in position:
         return [position]
-    return [int(end) if re.fullmatch("-?[0-9]{1,9}", end) else end for end in position.split(sites.ARROW)]
+    return [int(end) if re.fullmatch("-?[0-9]{1,9}", end) else end for end in position.split(ARROW)]
 
 
 def _parts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary], combine: Combine | None) -> list[Part]:
@@ -389,7 +390,7 @@ def _parts(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary], combi
 
 def _component(node: Node) -> str:
     """Return the name of the component of heads or neurons that a node belongs to; empty if it belongs to none."""
-    if node.kind == "head" and isinstance(node.position, str) and sites.ARROW in node.position:
+    if node.kind == "head" and isinstance(node.position, str) and ARROW in node.position:
         return "pattern_entry"
-    names = {"head": sites.OF_HEADS, "neuron": ("neurons",)}.get(node.kind, ())
+    names = {"head": OF_HEADS, "neuron": ("neurons",)}.get(node.kind, ())
     return next((name for name in names if sites.is_component(node.site, name)), "")

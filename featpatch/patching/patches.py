@@ -15,8 +15,7 @@ from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.nodes import Combine, Direction, Node
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Swap
-from featpatch.patching.parts import Part
+from featpatch.patching.changes import Part, Swap
 from featpatch.patching.runs import PairRuns
 from featpatch.sae.dictionary import Dictionary
 from featpatch.sae.nodes import CODED
@@ -109,7 +108,7 @@ class PatchesPart(Part):
             nodes = [node for swap in here for node in swap.nodes]
             member = torch.tensor([[node in self.patches[name] for node in nodes] for name in names])
             longer[site] = {
-                way: [_summed(member, [run.deltas(swap, way, reading)[site] for swap in here]) for reading in range(len(bases))]
+                way: [_summed(member, [swap.at(run, way, reading)[site] for swap in here]) for reading in range(len(bases))]
                 for way, bases in run.bases.items()
                 if way in run.ways
             }

@@ -17,11 +17,9 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Edge, Node, check_senders
 from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.changes import Swap
-from featpatch.patching.parts import Part
-from featpatch.patching.readings import readout
+from featpatch.patching.changes import Part, Swap
 from featpatch.patching.route import Receiver, Senders, receiver_of
-from featpatch.patching.runs import PairRuns
+from featpatch.patching.runs import PairRuns, readout
 from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import dictionaries_if_any
 from featpatch.sae.nodes import check_nodes

@@ -19,11 +19,10 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens, added
 from featpatch.nodes import LOGITS, Direction, Node
-from featpatch.patching.changes import Run, Swap
+from featpatch.patching.changes import Part, Swap
 from featpatch.patching.components import HeadPart, WholePart
 from featpatch.patching.features import FeaturePart
-from featpatch.patching.parts import Part
-from featpatch.patching.runs import PairRuns
+from featpatch.patching.runs import PairRuns, Run
 from featpatch.sae.dictionary import Dictionary
 from featpatch.sites import Route
 

@@ -1,107 +1,187 @@
-"""Runs of a few pairs of equal length: the activations of their prompts, and base and source of each direction.
+"""Runs of a few pairs of equal length: activations, base and source of each direction, and where metrics are read.
 
 If the prompts of a pair are patched label by label, only their labelled tokens are compared. These are numbered as places,
 which are the same in both runs: place i is the token `tokens[i]` of each.
 
-The corrupted run may also be the clean prompt with Gaussian noise on the embeddings, as in causal tracing (Meng et al. 2022,
-arXiv 2202.05262).
+Most metrics are read once, at the answer position. Those of answers of several tokens are read at several (sequences.py). The
+corrupted run may also be the clean prompt with noise on the embeddings (noise.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass, replace
-from hashlib import sha256
-from math import inf
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from jaxtyping import Int
 
-from featpatch import sites
-from featpatch.engine.patches import BaseRun, Deltas
-from featpatch.errors import FeatpatchError, check_numbers, is_integer, is_number
+from featpatch.engine.patches import BaseRun
+from featpatch.errors import FeatpatchError, each
+from featpatch.metric_functions import Metric
+from featpatch.metrics import SEQUENCES, Measures, one_metric, together
+from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
-from featpatch.nodes import DIRECTIONS, Direction, Position
-from featpatch.pairs.pair import Pair, Wanted
+from featpatch.nodes import DIRECTIONS, Direction
+from featpatch.pairs.pair import Pair, Reading, Wanted, check_answers
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Contrast, Labelled, Run, Swap, Ways
-from featpatch.patching.readings import Reading
+from featpatch.patching.noise import Noise
+from featpatch.patching.sequences import ByReading, Combined, OfSequences
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Noise on the embeddings of some tokens of the clean prompt, which then serves as the corrupted run.
-
-    This is the corruption of causal tracing (Meng et al. 2022, arXiv 2202.05262). The corrupted prompts of the pairs are not
-    run; the answers are still those of the pairs.
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The activations of one prompt.
 
     Attributes:
-        positions: labels or indices of the tokens that get noise.
-        scale: standard deviation of the noise, as a multiple of the standard deviation of the embeddings of the prompt's
-            tokens over all coordinates.
-        seed: the seed of the noise, which is drawn anew for each pair.
-        draws: the number of draws, with the seeds `seed`, `seed + 1` and so on, over which metric values are averaged. The cost
-            grows with it, and so does precision: a single draw can be far off, and 10 are advisable for numbers to report.
-            `effects.spread` holds the standard deviation of pooled effects over draws.
-
-    Examples:
-        >>> noise = fp.Noise(["S2"], scale=3.0)
-        >>> noisy = fp.rank_features(model, saes, pairs, positions=["S2"], noise=noise, progress=False)
-        >>> noisy.metadata["noise"]["positions"]
-        ['S2']
+        activations: the activations `[pos, ...]`, by hook point.
     """
 
-    positions: Sequence[Position]
-    scale: float = 3.0
-    seed: int = 0
-    draws: int = 1
+    activations: Mapping[str, torch.Tensor]
 
-    def __post_init__(self) -> None:
-        check_numbers(1, draws=self.draws)
-        check_numbers(0, seed=self.seed)
-        several = isinstance(self.positions, Sequence) and not isinstance(self.positions, str) and len(self.positions)
-        known = several and all(isinstance(position, str) or is_integer(position) for position in self.positions)
-        if not known or not is_number(self.scale) or not 0 < self.scale < inf:
-            raise FeatpatchError(
-                f"Noise(positions={self.positions!r}, scale={self.scale!r}): expected positions as a list of at least one "
-                "label or index, and a finite scale above 0, e.g. Noise(['subject'], scale=3)"
-            )
-        plain = tuple(position if isinstance(position, str) else int(position) for position in self.positions)
-        for name, value in (("positions", plain), ("scale", float(self.scale)), ("seed", int(self.seed))):
-            object.__setattr__(self, name, value)  # NumPy's numbers can't be saved
+    def at(self, hook: str) -> torch.Tensor:
+        """Return the activation `[pos, ...]` at a hook point."""
+        return self.activations[hook]
 
-    def at(self, pair: Pair) -> list[int]:
-        """Return the token positions that get noise in a pair.
+    def split(self, dictionary: Dictionary, start: int) -> Split:
+        """Return features and error from position `start` on, as a batch of one."""
+        return dictionary.split({hook: self.at(hook)[None, start:] for hook in dictionary.hooks})
 
-        Raises:
-            FeatpatchError: if the pair has no such label or index.
-        """
-        return sorted({p for position in self.positions for p in pair.positions(position)})
+
+@dataclass(frozen=True, eq=False)
+class Labelled(Run):
+    """A run of which only labelled tokens are seen, so that it corresponds to a run of a prompt of another length.
+
+    Attributes:
+        tokens: the token positions of the labels.
+    """
+
+    tokens: Int[torch.Tensor, " places"]
+
+    def at(self, hook: str) -> torch.Tensor:
+        """Return the activation `[place, ...]` of the labelled tokens at a hook point."""
+        return self.activations[hook][self.tokens]
+
+    def split(self, dictionary: Dictionary, start: int) -> Split:
+        """Return features and error of the labelled tokens from place `start` on, encoded as part of the whole prompt."""
+        return Run(self.activations).split(dictionary, 0).map(lambda values: values[:, self.tokens[start:]])
+
+
+Ways = Mapping[Direction, tuple[Run, Run]]
+"""By direction, the run that is patched (base) and the run that values are taken from (source)."""
+
+
+class Contrast:
+    """A choice of base and source runs for each direction; by default, each run of a pair is patched with values of the other.
+
+    Attributes:
+        everywhere: whether base and source can differ at positions before the first differing token.
+    """
+
+    everywhere: ClassVar[bool] = False
+
+    def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
+        """Return base and source by direction for the pair with this index, given its clean and corrupted runs."""
+        return {"denoising": (corrupted, clean), "noising": (clean, corrupted)}
 
     def about(self) -> dict[str, Any]:
         """Return metadata to store with the results."""
-        about = {"positions": list(self.positions), "scale": self.scale, "seed": self.seed}
-        return about if self.draws == 1 else {**about, "draws": self.draws}
+        return {}
 
-    @contextmanager
-    def added(self, lens: Lens, pairs: Sequence[Pair]) -> Iterator[None]:
-        """Context manager in which a call of the model with one prompt of each pair gets the noise of these pairs."""
 
-        def add(embedded: torch.Tensor) -> torch.Tensor:
-            noisy = embedded.clone()
-            for row, pair in enumerate(pairs):
-                at = self.at(pair)
-                size = self.scale * float(embedded[row, : len(pair)].double().std())
-                noise = torch.randn(len(at), embedded.shape[-1], generator=self._generator(pair), dtype=torch.float64)
-                noisy[row, at] += (size * noise).to(embedded)
-            return noisy
+Metrics = str | Metric | Sequence[str | Metric]
+"""A metric, by name or as a function, or several metrics."""
 
-        with lens.edit(sites.EMBEDDING, add):
-            yield
 
-    def _generator(self, pair: Pair) -> torch.Generator:
-        """Return the random generator of a pair, which does not depend on the other pairs."""
-        digest = sha256(repr((self.seed, pair.clean)).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+@dataclass(frozen=True)
+class AtAnswer:
+    """Metrics that are read once, from the logits at the answer position.
+
+    Attributes:
+        measures: the metrics.
+    """
+
+    measures: Measures
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the metrics."""
+        return self.measures.names
+
+    def readings(self, pair: Pair) -> list[Reading]:
+        """Return a single reading, at the answer position.
+
+        Raises:
+            FeatpatchError: if a metric reads one token and the pair's answers have several.
+        """
+        need = [part.name for part in self.measures.parts if part.of_answers]
+        check_answers(pair, need)
+        if need and not pair.correct:
+            raise FeatpatchError(
+                f"its answers {pair.answers} have several tokens, and {', '.join(need)} reads one: expected the metric "
+                f"{' or '.join(SEQUENCES)}, or one-token answers"
+            )
+        return [Reading((), pair.correct, pair.wrong)]
+
+    def combine(self, pair: Pair, values: ByReading) -> Combined:
+        """Return the values of the single reading unchanged."""
+        return values[0]
+
+
+Readout = AtAnswer | OfSequences
+"""A way to read one or several metrics."""
+
+
+def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Reading]]:
+    """Return the readings of every pair, after checking that the model accepts its tokens.
+
+    Raises:
+        FeatpatchError: if the metric does not read answers of this kind, a token is unknown, a prompt is too long, or an answer
+            would follow the prompt of a model that attends in both directions.
+    """
+    readings = dict(enumerate(each(read.readings, list(pairs))))
+    continuations = {index: [reading.continuation for reading in of_pair] for index, of_pair in readings.items()}
+    check_tokens(pairs, lens, continuations)
+    if any(any(of_pair) for of_pair in continuations.values()) and not lens.causal:
+        raise FeatpatchError(
+            f"metric {', '.join(read.names)} reads answers that follow the prompt, but {lens.name!r} has bidirectional "
+            "attention: expected a causal model, or one-token answers"
+        )
+    return readings
+
+
+def leading(metric: Metrics) -> str | Metric:
+    """Return the first of several metrics, whose table is the main one."""
+    readout(metric)
+    return metric if isinstance(metric, str) or callable(metric) else metric[0]
+
+
+def readout(metric: Metrics | Readout, refused: Collection[str] = (), use: str = "here", *, single: bool = False) -> Readout:
+    """Return how to read one metric or several together.
+
+    Args:
+        metric: the metric or metrics; a readout is returned unchanged.
+        refused, use: as in `metrics.find`.
+        single: whether only one metric is accepted.
+
+    Raises:
+        FeatpatchError: if a metric is unknown, there is none, two have the same name, or sequence metrics come with others.
+    """
+    if isinstance(metric, Readout):
+        return metric
+    metric = one_metric(metric) if single else metric
+    names = [metric] if isinstance(metric, str) or callable(metric) else list(metric) if isinstance(metric, Sequence) else []
+    if not names or not all(isinstance(name, str) or callable(name) for name in names):
+        raise FeatpatchError(f"metric={metric!r}: expected at least one metric, each the name of a metric or a function")
+    whole = [name for name in names if name in SEQUENCES and name not in refused]
+    if not whole:
+        return AtAnswer(together(names, refused, use))
+    if len(whole) < len(names) or len(set(names)) < len(names):
+        raise FeatpatchError(
+            f"metric={names}: expected each name once, and metrics of answers of several tokens ({', '.join(SEQUENCES)}) on "
+            "their own, because the others read one token; rank twice"
+        )
+    return OfSequences(tuple(str(name) for name in whole))
 
 
 CLEAN_FIRST = DIRECTIONS[::-1]
@@ -135,13 +215,6 @@ class PairRuns:
     ways: Ways
     bases: Mapping[Direction, Sequence[BaseRun]]
     found: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
-
-    def deltas(self, swap: Swap, direction: Direction, reading: int) -> dict[str, Deltas]:
-        """Return the deltas of a swap for a reading, by hook point, at token positions of the base run."""
-        found, base = swap.at(direction, reading), self.ways[direction][0]
-        if swap.by_token or not isinstance(base, Labelled):
-            return found
-        return {site: replace(deltas, position=base.tokens[deltas.position]) for site, deltas in found.items()}
 
     def tokens(self, direction: Direction, span: Sequence[int]) -> list[int]:
         """Return the token positions of the base run at some positions (or places)."""
@@ -256,6 +329,23 @@ class Runner:
 
     def _prompt(self, direction: Direction, pair: Pair) -> tuple[int, ...]:
         return pair.corrupted if direction == "denoising" and self.noise is None else pair.clean
+
+
+def check_labelled(runner: Runner) -> None:
+    """Check that pairs which are patched label by label are patched at labels alone.
+
+    Raises:
+        FeatpatchError: they are not.
+    """
+    for index, (pair, wanted) in enumerate(zip(runner.pairs, runner.wanted, strict=True)):
+        others = [position for position in wanted if position == "all" or not isinstance(position, str)]
+        if others and runner.labelled(pair):
+            at = "'all'" if others[0] == "all" else f"token index {others[0]}"
+            raise FeatpatchError(
+                f"pair {index} has {pair.lengths[0]} tokens in the clean and {pair.lengths[1]} in the corrupted prompt, and "
+                f"{at} is not the same place in both: expected labels, which have a place in each prompt, such as "
+                f"positions={list(pair.labels)[:2]}"
+            )
 
 
 @dataclass

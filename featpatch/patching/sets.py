@@ -24,11 +24,9 @@ from featpatch.nodes import DIRECTIONS, EFFECTS, Combine, Direction, Effect, Nod
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.changes import DecoderDirections, Difference, Swap, split_ways
-from featpatch.patching.features import feature_study
+from featpatch.patching.features import DictionaryPart, feature_study
 from featpatch.patching.joint import node_study
-from featpatch.patching.parts import DictionaryPart
-from featpatch.patching.readings import Metrics
-from featpatch.patching.runs import PairRuns
+from featpatch.patching.runs import Metrics, PairRuns
 from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import Dictionary
 from featpatch.sae.nodes import check_nodes

@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from featpatch.effects.collector import Collector, averaged
-from featpatch.effects.statistics import check_gap
+from featpatch.effects.collector import Collector, measured_places, provenance
 from featpatch.effects.table import Effects
 from featpatch.engine.executor import Executor, Shards
 from featpatch.engine.journal import Book, ClosedBook, Journal
@@ -25,16 +24,28 @@ from featpatch.engine.suffix import SuffixPath
 from featpatch.engine.sweep import Sweep, announcing, free_memory, row_budget, row_bytes, trace_bytes
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.files import as_path
+from featpatch.metrics import check_gap
 from featpatch.model.lens import Lens
-from featpatch.model.provenance import measured_places, provenance
 from featpatch.model.transport import packed, unpacked
 from featpatch.nodes import DIRECTIONS, Combine, Direction, check_directions
-from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans
+from featpatch.pairs.pair import Positions, Reading, Wanted, lengths_if_pooled, spans
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
-from featpatch.patching.changes import CleanAndCorrupted, Contrast, Swap
-from featpatch.patching.parts import Part
-from featpatch.patching.readings import Metrics, Reading, Readout, readings_of, readout
-from featpatch.patching.runs import KEPT, KEPT_SHARE, Kept, Noise, PairRuns, Runner, chunks
+from featpatch.patching.changes import Part, Swap
+from featpatch.patching.noise import Noise, over_draws
+from featpatch.patching.runs import (
+    KEPT,
+    KEPT_SHARE,
+    Contrast,
+    Kept,
+    Metrics,
+    PairRuns,
+    Readout,
+    Runner,
+    check_labelled,
+    chunks,
+    readings_of,
+    readout,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Options:
 NOT_COMPARED = ("metric", "tags", "versions", "finished", "sites", "places", "tokens", "lengths")
 """The entries of metadata that a journal does not compare: those that may differ, and those that follow from others."""
 
-CLEAN_AND_CORRUPTED = CleanAndCorrupted()
+CLEAN_AND_CORRUPTED = Contrast()
 """The default contrast: clean into corrupted, and corrupted into clean."""
 
 Survey = tuple[NDArray[np.float64], NDArray[np.float64], int]
@@ -128,7 +139,7 @@ class Study:
         hooks = sorted({hook for part in parts for hook in part.hooks})
         layers = sorted({layer for part in parts for layer in part.layers})
         runner = Runner(lens, pairs, hooks, layers, wanted, readings, contrast, noise)
-        _check_labelled(runner)
+        check_labelled(runner)
         runs = Kept(runner.run, trace_bytes(lens, layers), min(KEPT, int(KEPT_SHARE * min(map(free_memory, lens.devices)))))
         probes = _longest_and_shortest(pairs, readings, runs)
         path = choose_path(lens, probes, list(dict.fromkeys(patched for part in parts for patched in part.patched)))
@@ -157,41 +168,22 @@ class Study:
         Raises:
             FeatpatchError: if the gap is near zero, a metric becomes NaN, or the journal belongs to another sweep.
         """
-        if self.runner.noise is not None and self.runner.noise.draws > 1:
-            return self._averaged(self.runner.noise, journal, executor, progress=progress)
+        noise = self.runner.noise
+        if noise is not None and noise.draws > 1:
+            draw = partial(self._draw, journal=journal, executor=executor, progress=progress)
+            return over_draws(noise, draw, self.metadata)
         survey = self._survey()
         for name, of_clean, of_corrupted in zip(self.readout.names, survey[0].T, survey[1].T, strict=True):
             if self.metadata["unit"] == "gap":
                 check_gap(name, of_clean, of_corrupted)
         return self._swept(survey, journal, executor, progress=progress)
 
-    def _averaged(self, noise: Noise, journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
-        """Run the sweep once for each draw of noise and average; after Ctrl-C, over the draws that are finished.
-
-        Draws after the first have journals of their own, with the number of the draw at the end of their names.
-        """
-        tables: list[Effects] = []
-        for number in range(noise.draws):
-            one = replace(noise, seed=noise.seed + number, draws=1)
-            arguments = {**self.arguments, "options": replace(self.arguments["options"], noise=one, directions=self.directions)}
-            path = None if journal is None else f"{as_path(journal)}{f'.{number}' if number else ''}"
-            try:
-                table = Study.of(self.lens, self.parts, pairs=self.pairs, **arguments).run_block(
-                    path, progress=progress, executor=executor
-                )
-            except KeyboardInterrupt:
-                if not tables:
-                    raise
-                break
-            if not table.finished:
-                tables = tables or [table]
-                break
-            tables.append(table)
-        about = {"noise": replace(noise, draws=len(tables)).about(), "finished": len(tables) == noise.draws}
-        effects = averaged(tables, {**self.metadata, **about}) if len(tables) > 1 else _noted(tables[0], about)
-        for name in effects.metrics if effects.finished else ():
-            check_gap(name, effects.for_metric(name).clean, effects.for_metric(name).corrupted)
-        return effects
+    def _draw(self, noise: Noise, number: int, journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
+        """Run the sweep with one draw of noise; a journal of a draw after the first has its number at the end of the name."""
+        arguments = {**self.arguments, "options": replace(self.arguments["options"], noise=noise, directions=self.directions)}
+        path = None if journal is None else f"{as_path(journal)}{f'.{number}' if number else ''}"
+        study = Study.of(self.lens, self.parts, pairs=self.pairs, **arguments)
+        return study.run_block(path, progress=progress, executor=executor)
 
     def run_block(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
         """Run one block of a larger set of pairs, without checking that it has a gap; see `run`."""
@@ -280,7 +272,7 @@ class Study:
     def _blocks(self, runs: list[PairRuns], swaps: list[list[Swap]]) -> "dict[tuple[Direction, int, int, int], Block]":
         """Return the patches as blocks for the engine, by direction, pair, reading and swap."""
         return {
-            (direction, pair, reading, number): Block(swap.name, base, run.deltas(swap, direction, reading), swap.combine)
+            (direction, pair, reading, number): Block(swap.name, base, swap.at(run, direction, reading), swap.combine)
             for direction in self.directions
             for pair, (run, of_pair) in enumerate(zip(runs, swaps, strict=True))
             for reading, base in enumerate(run.bases[direction])
@@ -337,12 +329,6 @@ class Study:
         return base["noising"], base["denoising"], patches
 
 
-def _noted(effects: Effects, about: Mapping[str, Any]) -> Effects:
-    """Return a table with other metadata, for each of its metrics."""
-    others = {name: _noted(effects.for_metric(name), about) for name in effects.others}
-    return replace(effects, metadata={**effects.metadata, **about}, others=others)
-
-
 def _in_worker(arguments: bytes) -> Shards:
     """Make the study again in another process, which needs each pair only once and keeps no runs, and return its shards.
 
@@ -353,23 +339,6 @@ def _in_worker(arguments: bytes) -> Shards:
     study = Study.of(lens, parts, pairs=pairs, **others)
     study.runs.room = 0
     return study.shards()
-
-
-def _check_labelled(runner: Runner) -> None:
-    """Check that pairs which are patched label by label are patched at labels alone.
-
-    Raises:
-        FeatpatchError: they are not.
-    """
-    for index, (pair, wanted) in enumerate(zip(runner.pairs, runner.wanted, strict=True)):
-        others = [position for position in wanted if position == "all" or not isinstance(position, str)]
-        if others and runner.labelled(pair):
-            at = "'all'" if others[0] == "all" else f"token index {others[0]}"
-            raise FeatpatchError(
-                f"pair {index} has {pair.lengths[0]} tokens in the clean and {pair.lengths[1]} in the corrupted prompt, and "
-                f"{at} is not the same place in both: expected labels, which have a place in each prompt, such as "
-                f"positions={list(pair.labels)[:2]}"
-            )
 
 
 def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:

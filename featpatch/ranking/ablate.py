@@ -23,9 +23,8 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.ablation import Ablation, To, ablated_parts, ablation
-from featpatch.patching.changes import Run
-from featpatch.patching.parts import Part
-from featpatch.patching.readings import Metrics
+from featpatch.patching.changes import Part
+from featpatch.patching.runs import Metrics, Run
 from featpatch.patching.study import Options, Study
 from featpatch.ranking.rank import METRIC, Method, gradients_of
 from featpatch.sae.dictionary import Dictionary

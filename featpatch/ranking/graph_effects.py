@@ -15,7 +15,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.frame import Frame
 from featpatch.model.lens import Lens
-from featpatch.model.stack import rounding
+from featpatch.model.projections import rounding
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.pairs.pair import Pair

@@ -26,7 +26,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import DIRECTIONS, Combine, Direction, Effect, Node, Patch
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.readings import Metrics
+from featpatch.patching.runs import Metrics
 from featpatch.ranking.nodes import rank_nodes
 from featpatch.ranking.similarity import (
     activation_profiles,

@@ -13,11 +13,10 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import DIRECTIONS, Combine, Direction, Node
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.ablation import To, ablation
-from featpatch.patching.changes import Contrast
+from featpatch.patching.changes import Part
 from featpatch.patching.joint import node_study
-from featpatch.patching.parts import Part
-from featpatch.patching.readings import Metrics
-from featpatch.patching.runs import Noise
+from featpatch.patching.noise import Noise
+from featpatch.patching.runs import Contrast, Metrics
 from featpatch.patching.study import CLEAN_AND_CORRUPTED, Options
 
 

@@ -16,7 +16,7 @@ from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.paths import Nodes, path_study
-from featpatch.patching.readings import Metrics, leading
+from featpatch.patching.runs import Metrics, leading
 from featpatch.patching.study import Options
 from featpatch.sites import DEFAULT_COMPONENTS, Route
 

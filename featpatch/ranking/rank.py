@@ -20,9 +20,9 @@ from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
+from featpatch.patching.noise import Noise
 from featpatch.patching.paths import Nodes, path_study
-from featpatch.patching.readings import Metrics, leading
-from featpatch.patching.runs import Noise
+from featpatch.patching.runs import Metrics, leading
 from featpatch.patching.study import Options, Study
 from featpatch.ranking.screen import Screen, screened
 from featpatch.sites import DEFAULT_COMPONENTS, Route

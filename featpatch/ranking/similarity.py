@@ -29,7 +29,7 @@ from featpatch.model.lens import Lens
 from featpatch.nodes import Combine, Direction, Node
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.readings import Metrics, leading
+from featpatch.patching.runs import Metrics, leading
 from featpatch.sae.dictionary import Dictionary
 
 Array = NDArray[np.float64]

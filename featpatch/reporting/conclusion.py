@@ -9,6 +9,7 @@ import numpy as np
 from featpatch import sites
 from featpatch.effects import statistics
 from featpatch.effects.table import Effects
+from featpatch.metrics import NEAR_ZERO, size
 from featpatch.nodes import RANKED, Edge, Effect, Node
 from featpatch.patching.curves import Curve
 
@@ -91,8 +92,7 @@ def measurable(effects: Effects) -> bool:
     """Return whether the mean gap, if effects are shares of it, is large enough."""
     if not effects.has_gap:
         return True
-    size = statistics.size(effects.clean, effects.corrupted)
-    return bool(abs(effects.gap.mean()) > statistics.NEAR_ZERO * size)
+    return bool(abs(effects.gap.mean()) > NEAR_ZERO * size(effects.clean, effects.corrupted))
 
 
 def strongest(effects: Effects) -> Effects:

@@ -24,8 +24,8 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.page.charts import STYLES, Bar, Points, bars, points
 from featpatch.page.page import Block, Section, table, write
-from featpatch.pairs.pair import PairText
 from featpatch.pairs.pairs import Pairs, check_pairs
+from featpatch.pairs.text import PairText
 from featpatch.pairs.tokens import special_positions
 from featpatch.patching.curves import Curve
 from featpatch.ranking.groups import Groups

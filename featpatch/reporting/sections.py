@@ -18,7 +18,7 @@ from featpatch.effects.table import Effects
 from featpatch.nodes import Effect, Node
 from featpatch.page.charts import Bar, Points, bars, grid, points, strips
 from featpatch.page.page import Block, Section, block, page, table
-from featpatch.pairs.pair import PairText
+from featpatch.pairs.text import PairText
 from featpatch.reporting.conclusion import concluded, measurable, noun_of, several, short_names, strongest
 
 

@@ -1,5 +1,6 @@
 """Adapt any object with `encode` and `decode` as a dictionary at a hook point."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,7 @@ from sae_lens import SAE
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.files import sha256
-from featpatch.model.digest import TYPES, digest
+from featpatch.model.facts import TYPES, digest
 from featpatch.sae import cross_formats
 from featpatch.sae.codec import Code, Codec, State
 from featpatch.sae.cross import Cross
@@ -252,7 +252,7 @@ class AdaptedCodec(Codec):
         x = torch.randn(1, PROBES, self.d_in, generator=torch.Generator().manual_seed(0))
         code = self.encode(x)
         made = torch.cat([code.features.flatten(), self.decode(code.features, code.state).flatten()]).double().cpu()
-        return sha256(f"{self.kind} {weights}".encode() + made.numpy().tobytes())
+        return hashlib.sha256(f"{self.kind} {weights}".encode() + made.numpy().tobytes()).hexdigest()
 
     def _call(self, verb: str, x: torch.Tensor) -> torch.Tensor:
         """Call a method on a copy, because it may work in place, and return a dense floating-point result."""

@@ -1,12 +1,12 @@
 """Dictionaries that need no training, as baselines for SAEs: coordinates, MLP neurons and principal components."""
 
+import hashlib
 from typing import Any
 
 import torch
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
-from featpatch.files import sha256
 from featpatch.model.transformer_lens import wrap
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.sae.adapted import Adapted
@@ -165,7 +165,7 @@ def direction(vector: Any, hook: str, *, name: str = "") -> Adapted:
         )
     d = d / torch.linalg.vector_norm(d)
     zero = torch.zeros_like(d)
-    known = sha256(d.double().cpu().numpy().tobytes())[:6]
+    known = hashlib.sha256(d.double().cpu().numpy().tobytes()).hexdigest()[:6]
     return Adapted(
         _Affine(zero, d[:, None], d[None], zero), hook, hook, len(d), name or f"direction {known} of {hook}", linear=True
     )

@@ -9,7 +9,7 @@ How a codec behaves is tested on random activations rather than derived from its
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,35 @@ class Code:
 
     features: torch.Tensor
     state: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Split:
+    """An activation at a hook point, split by a dictionary.
+
+    Attributes:
+        features: the features, `[batch, pos, d_sae]`.
+        state: the parts of the activation that decoding needs besides the features (see `Codec`), each `[batch, pos, n]`.
+        error: the part that the dictionary does not reconstruct, `[batch, pos, d_out]`.
+    """
+
+    features: torch.Tensor
+    state: State
+    error: torch.Tensor
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Split":
+        """Return the split with a function applied to features, error and each part of the state."""
+        return Split(change(self.features), {name: change(value) for name, value in self.state.items()}, change(self.error))
+
+    @staticmethod
+    def cat(splits: "Sequence[Split]") -> "Split":
+        """Return splits of several batches as one batch."""
+        state = {name: torch.cat([split.state[name] for split in splits]) for name in splits[0].state}
+        return Split(torch.cat([split.features for split in splits]), state, torch.cat([split.error for split in splits]))
+
+    def at(self, positions: Int[torch.Tensor, " n"]) -> "Split":
+        """Return a split of one prompt with each of these positions as a prompt of its own, `[n, 1, ...]`."""
+        return self.map(lambda values: values[0, positions, None])
 
 
 class Codec(ABC):

@@ -18,7 +18,7 @@ import torch
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, is_integer
-from featpatch.model.digest import TYPES, check_finite
+from featpatch.model.facts import TYPES, check_finite
 from featpatch.sae.matrices import Matrix, Stored
 from featpatch.untrusted import visible
 

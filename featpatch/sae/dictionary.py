@@ -10,7 +10,7 @@ side, so that the formula is the same. A patch then makes the part of its change
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, get_args
@@ -20,16 +20,15 @@ from jaxtyping import Float, Int
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_choices
-from featpatch.model.digest import check_finite
+from featpatch.model.facts import check_finite
 from featpatch.model.layer import product_rounding
 from featpatch.model.lens import Lens
 from featpatch.nodes import Combine, Node, Position
 from featpatch.sae.adapted import Adapted, AdaptedCodec
-from featpatch.sae.codec import Behaviour, Code, Codec, State, gain, reference
+from featpatch.sae.codec import Behaviour, Code, Codec, Split, State, gain, reference
 from featpatch.sae.cross_codec import CrossCodec
 from featpatch.sae.formats import library_of
-from featpatch.sae.hooks import hook_of
-from featpatch.sae.sae_lens import SaeCodec, Training
+from featpatch.sae.sae_lens import SaeCodec, Training, hook_of
 
 PROBED = 2**23
 """Maximum number of feature values that are decoded together."""
@@ -39,35 +38,6 @@ SUMMED = 256
 
 ROUNDING = 64
 """Tolerated difference between the decoded change and the sum of the rows, in units of rounding."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """An activation at a hook point, split by a dictionary.
-
-    Attributes:
-        features: the features, `[batch, pos, d_sae]`.
-        state: the parts of the activation that decoding needs besides the features (see `Codec`), each `[batch, pos, n]`.
-        error: the part that the dictionary does not reconstruct, `[batch, pos, d_out]`.
-    """
-
-    features: torch.Tensor
-    state: State
-    error: torch.Tensor
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Split":
-        """Return the split with a function applied to features, error and each part of the state."""
-        return Split(change(self.features), {name: change(value) for name, value in self.state.items()}, change(self.error))
-
-    @staticmethod
-    def cat(splits: "Sequence[Split]") -> "Split":
-        """Return splits of several batches as one batch."""
-        state = {name: torch.cat([split.state[name] for split in splits]) for name in splits[0].state}
-        return Split(torch.cat([split.features for split in splits]), state, torch.cat([split.error for split in splits]))
-
-    def at(self, positions: Int[torch.Tensor, " n"]) -> "Split":
-        """Return a split of one prompt with each of these positions as a prompt of its own, `[n, 1, ...]`."""
-        return self.map(lambda values: values[0, positions, None])
 
 
 @dataclass(frozen=True)
@@ -169,16 +139,6 @@ class Dictionary:
         return [
             replace(self, inputs=(reads,), outputs=(writes,)) for reads, writes in sorted(known - {(self.reads, self.writes)})
         ]
-
-    @property
-    def source_set(self) -> str:
-        """The model and the set of sources on Neuronpedia that an SAE belongs to, such as `gemma-2-2b/gemmascope-res-16k`.
-
-        Empty if its metadata does not say.
-        """
-        said = getattr(getattr(getattr(self.source, "cfg", None), "metadata", None), "neuronpedia_id", None)
-        match = re.fullmatch(r"([\w.-]+)/\d+-([\w.-]+)", said) if isinstance(said, str) else None
-        return "/".join(match.groups()) if match else ""
 
     @property
     def place(self) -> str:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from featpatch.errors import FeatpatchError
 from featpatch.files import writing
-from featpatch.model.digest import check_finite
+from featpatch.model.facts import check_finite
 from featpatch.untrusted import short
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from featpatch import sites
+from featpatch.components import ARROW, OF_HEADS, check_entry
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.nodes import COMPONENT_KINDS, LOGITS, TOGETHER, Node, Position
@@ -132,8 +133,8 @@ def check_nodes(lens: Lens, nodes: Any, owners: Sequence[Dictionary], name: str)
                 "it out, as effects.where(kind=...) does"
             )
         site = lens.site(node.site) if owner is None else node.site
-        if isinstance(node.position, str) and sites.ARROW in node.position:
-            sites.check_entry(node)
+        if isinstance(node.position, str) and ARROW in node.position:
+            check_entry(node)
         count = owner.per_group if owner is not None else _count(lens, node, site)
         if node.index is not None and count is not None and node.index >= count:
             raise FeatpatchError(f"{name}: {str(node)!r}: expected a {node.kind} of 0 to {count - 1}")
@@ -146,6 +147,6 @@ def _count(lens: Lens, node: Node, site: str) -> int | None:
     """Return how many heads or neurons a hook point has, or None for other kinds of nodes and where there are no heads."""
     if node.kind == "neuron":
         return prod(lens.shape(site)) if sites.by_position(site) else None
-    if node.kind != "head" or not sites.is_component(site, *sites.OF_HEADS):
+    if node.kind != "head" or not sites.is_component(site, *OF_HEADS):
         return None
     return lens.heads(site if sites.is_component(site, "q", "k", "v") else sites.component(sites.layer_of(site), "z"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from featpatch.errors import FeatpatchError
-from featpatch.model.digest import TYPES, check_finite
+from featpatch.model.facts import TYPES, check_finite
 
 LAYER_OF_CLT = (
     "a single layer of a cross-layer transcoder (CLT), whose features write to several layers: expected the whole of it; load "

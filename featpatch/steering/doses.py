@@ -21,7 +21,8 @@ from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, is_finite
 from featpatch.frame import Frame, text
-from featpatch.metrics import Metric, find, one_metric
+from featpatch.metric_functions import Metric
+from featpatch.metrics import find, one_metric
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Combine, Node, Patch

@@ -23,8 +23,9 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs
+from featpatch.sae.codec import Split
 from featpatch.sae.cross_codec import CrossCodec
-from featpatch.sae.dictionary import Dictionary, Split, dictionaries_if_any
+from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import check_nodes, with_owner
 from featpatch.steering.positions import Places, Sequences, check_places
 from featpatch.steering.units import Unit, raw_values

@@ -5,6 +5,7 @@ Each block of pairs has two Parquet files, one with a row per node and pair, one
 `sha256sum -c *.sha256` in the folder verifies all blocks.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ import pandas as pd
 from pandas.api.types import is_float_dtype, is_integer_dtype, is_string_dtype
 
 from featpatch.effects.selection import WHERE_CHANGED, least_to_sort, sorting
-from featpatch.effects.statistics import NEAR_ZERO, check_gap
 from featpatch.effects.storage import check_columns, check_metadata, nodes_of
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_numbers
-from featpatch.files import as_path, read_json, sha256, writing
+from featpatch.files import as_path, read_json, writing
+from featpatch.metrics import NEAR_ZERO, check_gap
 from featpatch.nodes import EFFECTS, RANKED
 from featpatch.untrusted import visible
 
@@ -62,7 +63,7 @@ def write(effects: Effects, folder: Path, block: int, first: int) -> None:
             frame.to_parquet(file, index=False)
     names = ("about.json", name_of("effects", block), name_of("pairs", block))
     with writing(folder / digests_of(block)) as file:
-        file.write_text("".join(f"{sha256((folder / name).read_bytes())}  {name}\n" for name in names))
+        file.write_text("".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names))
 
 
 def name_of(kind: str, block: int) -> str:
@@ -87,7 +88,7 @@ def read(folder: Path, block: int, name: str) -> bytes:
         lines = (folder / digests_of(block)).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise FeatpatchError(f"{str(path)!r} can't be read ({error}): {AGAIN}") from error
-    if f"{sha256(content)}  {name}" not in lines:
+    if f"{hashlib.sha256(content).hexdigest()}  {name}" not in lines:
         raise FeatpatchError(f"{str(path)!r} does not match its SHA-256 in {digests_of(block)}: {AGAIN}")
     return content
 
@@ -283,7 +284,7 @@ class Stored:
     def _effects(self, chosen: pd.DataFrame, ranked: int) -> Effects:
         keys = chosen[list(FIELDS)].assign(row=np.arange(len(chosen)))
         entries = pd.concat([part.merge(keys, on=list(FIELDS)) for part in self._entries()], ignore_index=True)
-        digest = sha256("".join(self.pairs["digest"]).encode())
+        digest = hashlib.sha256("".join(self.pairs["digest"]).encode()).hexdigest()
         metadata = {**self.about, "metric": self.metric, "metrics": [self.metric], "pairs": digest, "rows_ranked": ranked}
         columns = {name: self.pairs[name].to_numpy() for name in ("clean", "corrupted")}
         columns |= {name: entries[name].to_numpy() for name in ("row", "pair", "denoised", "noised")}

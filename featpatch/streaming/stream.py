@@ -15,7 +15,7 @@ from featpatch.nodes import DIRECTIONS, Direction
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.features import feature_study
-from featpatch.patching.readings import Metrics
+from featpatch.patching.runs import Metrics
 from featpatch.patching.study import Options, Study
 from featpatch.streaming.stored import FORMAT, Stored, digests_of, write
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from random import Random
 
 from featpatch.errors import FeatpatchError, check_numbers
-from featpatch.pairs.pair import Pair, token_at
+from featpatch.pairs.labels import token_at
+from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import AnswerTokens, Tokenizer, plain_tokenizer, prompt_ids, special_positions
 

@@ -20,8 +20,7 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.layer import Norm
 from featpatch.model.lens import Lens
-from featpatch.model.projections import Projections, projections_of
-from featpatch.model.stack import wide
+from featpatch.model.projections import Projections, projections_of, wide
 
 Stream = Float[torch.Tensor, "pos d_model"]
 Gradient = Float[torch.Tensor, "targets pos d_model"]

@@ -7,6 +7,7 @@ patterns and the scales of norms frozen (see `frozen`); transcoders stand in for
 Revealing Computational Graphs in Language Models"; Dunefsky et al. 2024, arXiv 2406.11944).
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,13 +16,14 @@ import torch
 from tqdm.auto import tqdm
 
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, is_integer
+from featpatch.model.layer import head_from
 from featpatch.model.lens import Lens
-from featpatch.model.stack import head_of, rounding, wide
+from featpatch.model.projections import rounding, wide
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Node
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import AnswerTokens
-from featpatch.sae.dictionary import dictionaries
+from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.tracing.frozen import FrozenPath, Targets
 from featpatch.tracing.influence import Kinds, cumulative, influence, normalised, partial_influence, scores, totals
 from featpatch.tracing.prompt import prompt_of
@@ -100,7 +102,7 @@ def attribution_graph(
     total = own if size is None else min(size, own)
     with tqdm(total=total, unit="feature", desc="attributing", disable=not progress) as bar:
         graph = made.graph(size, bar.update)
-    known = {each.source_set for each in given}
+    known = {_source_set(each) for each in given}
     graph = replace(
         graph,
         prompt=tuple(ids),
@@ -136,7 +138,7 @@ class _Logits:
         Raises:
             FeatpatchError: a target is not a token.
         """
-        head, last = head_of(lens), tokens.shape[1] - 1
+        head, last = head_from(lens.model), tokens.shape[1] - 1
         like, final = path.streams[0], path.streams[-1]
         answer = wide(lens.answer(tokens, torch.tensor([last])))[0].to(like)
         probabilities = answer.softmax(0)
@@ -283,3 +285,13 @@ def _check_sums(lens: Lens, graph: AttributionGraph) -> None:
             f"the inputs of {worst} and its value differ by {off.max():.3g}: expected an encoder whose active features are "
             "w . x + b, and a model whose layers only add to the residual stream; use fp.rank_features instead"
         )
+
+
+def _source_set(dictionary: Dictionary) -> str:
+    """Return the model and the set of sources on Neuronpedia that an SAE belongs to, such as `gemma-2-2b/gemmascope-res-16k`.
+
+    Empty if its metadata does not say.
+    """
+    said = getattr(getattr(getattr(dictionary.source, "cfg", None), "metadata", None), "neuronpedia_id", None)
+    match = re.fullmatch(r"([\w.-]+)/\d+-([\w.-]+)", said) if isinstance(said, str) else None
+    return "/".join(match.groups()) if match else ""

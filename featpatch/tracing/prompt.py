@@ -3,8 +3,8 @@
 from typing import Any
 
 from featpatch.errors import FeatpatchError, is_integer
+from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
-from featpatch.model.vocabulary import check_tokens
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import prompt_ids, special_positions

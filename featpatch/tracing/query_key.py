@@ -21,11 +21,12 @@ from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_in
 from featpatch.frame import Frame
 from featpatch.model.layer import Layer, Linear, Norm, UnsupportedError, soft_capped
 from featpatch.model.lens import Lens
-from featpatch.model.stack import rounding, wide
+from featpatch.model.projections import rounding, wide
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node, Position
 from featpatch.pairs.pair import Pair, token_index
-from featpatch.sae.dictionary import Dictionary, Split, dictionaries
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.tracing.prompt import prompt_of
 from featpatch.untrusted import visible
 

@@ -10,9 +10,10 @@ from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.model.layer import Norm
 from featpatch.model.lens import Lens
-from featpatch.model.stack import wide
+from featpatch.model.projections import wide
 from featpatch.nodes import Node
-from featpatch.sae.dictionary import Dictionary, Split
+from featpatch.sae.codec import Split
+from featpatch.sae.dictionary import Dictionary
 from featpatch.tracing.frozen import FrozenPath, Reading, Skip, Targets, Written
 
 

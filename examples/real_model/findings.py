@@ -19,6 +19,9 @@ import typer
 
 import featpatch as fp
 from featpatch.cli.app import clear_errors
+from featpatch.model.transformer_lens import wrap
+from featpatch.sae.dictionary import dictionaries as fp_dictionaries
+from featpatch.views import promoted
 
 from .prepare import LABEL, MODEL, load
 from .tasks import TASKS
@@ -34,8 +37,9 @@ POSITIONS = {
 }
 LAYERS = (0, 5, 10, 15, 20, 22, 24, 26, 28)
 """Layers whose input is patched in the map."""
-HEADS, FEATURES, EDGES = 5, 8, 200
+HEADS, FEATURES, EDGES = 5, 6, 200
 WHERE: Literal["recovery_where_changed"] = "recovery_where_changed"
+PROMOTED = 4
 SHARE = 0.8
 DOSES = (1.0, 2.0, 4.0, 8.0)
 
@@ -119,8 +123,11 @@ def sites(effects: fp.Effects) -> str:
 
 
 def features(model: Any, dictionaries: Sequence[Any], effects: fp.Effects) -> str:
-    """Return the first features over all pairs, and the first over the pairs in which each differs, with what they detect."""
-    header = ["feature", "position", "recovery", "degradation", "pairs", "recovery there", "tokens on which it is most active"]
+    """Return the first features over all pairs, and the first over the pairs in which each differs, with the tokens
+    on which each is most active, and those whose logits its decoder direction raises most."""
+    header = ["feature", "position", "recovery", "degradation", "pairs", "recovery there", "most active on", "promotes"]
+    lens = wrap(model)
+    by_name = {each.name: each for each in fp_dictionaries(lens, dictionaries)}
     found = []
     for top in (effects.top(FEATURES, kind="feature"), effects.top(FEATURES, kind="feature", by=WHERE, least_changed=2)):
         described = fp.max_activating(model, dictionaries, top.nodes, texts(), contexts=6)
@@ -137,6 +144,7 @@ def features(model: Any, dictionaries: Sequence[Any], effects: fp.Effects) -> st
                         int(top.changed_pairs[row]),
                         f"{there[row]:.2f}",
                         tokens(described[node]),
+                        quoted(token for token, _ in promoted(lens, by_name[node.sae], [node.index], PROMOTED)[node.index]),
                     ]
                     for row, node in enumerate(top.nodes)
                 ],
@@ -146,9 +154,13 @@ def features(model: Any, dictionaries: Sequence[Any], effects: fp.Effects) -> st
 
 
 def tokens(description: Any) -> str:
-    """Return the tokens on which a feature is most active, without repetition."""
-    peaks = [example.tokens[int(np.argmax(example.values))].strip() for example in description.examples]
-    return ", ".join(f"`{peak}`" for peak in dict.fromkeys(peaks)).replace("|", "/") or "active in none of the texts"
+    """Return the tokens on which a feature is most active."""
+    return quoted(example.tokens[int(np.argmax(example.values))] for example in description.examples)
+
+
+def quoted(words: Iterable[str]) -> str:
+    """Return words side by side, without repetition."""
+    return ", ".join(dict.fromkeys(f"`{word.strip()}`" for word in words if word.strip())).replace("|", "/")
 
 
 def counts(model: Any, dictionaries: Sequence[Any], task: Task) -> str:

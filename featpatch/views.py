@@ -92,6 +92,7 @@ def active_features(
     return Frame(rows).astype(dict.fromkeys(known, float))
 
 
+@torch.no_grad()
 def promoted(
     lens: Lens, dictionary: Dictionary, features: Sequence[int], n: int, *, sign: int = 1
 ) -> dict[int, list[tuple[str, float]]]:

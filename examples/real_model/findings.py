@@ -123,8 +123,10 @@ def sites(effects: fp.Effects) -> str:
 
 
 def features(model: Any, dictionaries: Sequence[Any], effects: fp.Effects) -> str:
-    """Return the first features over all pairs, and the first over the pairs in which each differs, with the tokens
-    on which each is most active, and those whose logits its decoder direction raises most."""
+    """Return the first features over all pairs, and the first over the pairs in which each differs.
+
+    With each are the tokens on which it is most active, and those whose logits its decoder direction raises most.
+    """
     header = ["feature", "position", "recovery", "degradation", "pairs", "recovery there", "most active on", "promotes"]
     lens = wrap(model)
     by_name = {each.name: each for each in fp_dictionaries(lens, dictionaries)}

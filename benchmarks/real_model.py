@@ -285,10 +285,10 @@ PARTS = {"estimates": estimates, "edges": edges, "counts": counts, "stability": 
 def main() -> None:
     """Print the table of one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=PARTS, required=True)
+    parser.add_argument("-p", "--part", choices=PARTS, required=True)
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the prepared model")
     parser.add_argument("--saes", type=Path, default=SAES, help="folder of the SAEs, one folder per hook point")
-    parser.add_argument("--pairs", type=int, help="number of pairs of each task; by default that of the part")
+    parser.add_argument("-n", "--pairs", type=int, help="number of pairs of each task; by default that of the part")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with clear_errors():

@@ -15,7 +15,7 @@ from small import Small
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
-from examples.real_model import activations, prepare, tasks, text, train, written
+from examples.real_model import activations, findings, prepare, tasks, text, train, written
 
 PROSE = "The quick brown fox jumps over the lazy dog near the river and then runs back home again"
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
@@ -250,3 +250,40 @@ def test_layers(listed: str, expected: tuple[int, ...]) -> None:
     assert train.layers_of(listed) == expected
     with pytest.raises(fp.FeatpatchError, match="layers '10;20': expected numbers separated by commas"):
         train.layers_of("10;20")
+
+
+@pytest.mark.filterwarnings("ignore:there is too little text")
+def test_findings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the shipped model: what is printed are the numbers of the tables."""
+    demo = fp.load_demo(progress=False)
+    saes = [sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.1.hook_resid_pre"]
+    monkeypatch.setattr(findings, "LAYERS", (0, 1))
+    monkeypatch.setattr(findings, "texts", lambda: demo.text()[:40])
+    task = findings.Task("ioi", demo.pairs("ioi", n=3), 4, ("S2", "end"))
+    effects = fp.rank_features(demo.model, saes, task.pairs, positions=task.positions, progress=False)
+    top = effects.top(1, kind="feature")
+    (low, high), node = top.interval("recovery")[0], top.nodes[0]
+    assert (
+        f"| 1/{node.index} | {node.position} | {top.pooled('recovery')[0]:.2f} [{low:.2f}, {high:.2f}] |"
+        in findings.features(demo.model, saes, effects)
+    )
+    assert findings.where(demo.model, task).splitlines()[2] == "| 0 | 1.00 | 0.00 |"
+    assert "| 1.00 |" in findings.sites(effects)
+    for printed in (
+        findings.heads(demo.model, task),
+        findings.counts(demo.model, saes, task),
+        findings.groups(demo.model, saes, task, effects),
+        findings.steering(demo.model, saes, task, effects),
+    ):
+        rows = [line for line in printed.splitlines() if line.startswith("|")]
+        assert len(rows) > 2
+        assert {row.count("|") for row in rows} == {rows[0].count("|")}
+    assert "exact" in findings.circuit(demo.model, task)
+
+
+def test_the_shipped_dictionaries() -> None:
+    """They are loaded in float32 from half precision, and know their hook points."""
+    found = findings.saes_in()
+    assert [sae.cfg.metadata.hook_name for sae in found] == [f"blocks.{layer}.hook_resid_post" for layer in (10, 20, 24)]
+    assert all(sae.W_dec.dtype == torch.float32 and sae.W_dec.shape == (2048, 576) for sae in found)
+    assert findings.texts()

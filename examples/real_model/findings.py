@@ -110,7 +110,7 @@ def heads(model: Any, task: Task) -> str:
         [f"{node.site.split('.')[1]}.{node.index}", with_interval(top, "recovery", row), with_interval(top, "degradation", row)]
         for row, node in enumerate(top.nodes)
     ]
-    return table(["head", "recovery", "degradation"], rows)
+    return table([f"head ({task.name})", "recovery", "degradation"], rows)
 
 
 def sites(effects: fp.Effects) -> str:
@@ -195,7 +195,9 @@ def groups(model: Any, dictionaries: Sequence[Any], task: Task, effects: fp.Effe
 
 def circuit(model: Any, task: Task) -> str:
     """Return a sentence about a circuit of edges; its scores are estimates, and its faithfulness is exact."""
-    return repr(fp.find_circuit(model, task.pairs, over="edges", scores="eap_ig_inputs", size=EDGES, progress=False))
+    return f"{task.name}: " + repr(
+        fp.find_circuit(model, task.pairs, over="edges", scores="eap_ig_inputs", size=EDGES, progress=False)
+    )
 
 
 def steering(model: Any, dictionaries: Sequence[Any], task: Task, effects: fp.Effects) -> str:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from featpatch import sites
 from featpatch.model.backward import LIVE, Rules, attend, under
-from featpatch.model.layer import Layer, Norm, UnsupportedError, norm_of
+from featpatch.model.layer import Layer, Norm, UnsupportedError, close, norm_of
 from featpatch.model.lens import Lens
 
 INSIDE = ("q", "k", "v")
@@ -260,18 +260,12 @@ def _gives(made: Projections, read: Sequence[torch.Tensor]) -> bool:
     entering, *inside, z, output = read[:6]
     stream, layer = entering.flatten(0, 1).to(made.out), made.layer
     for name, expected in zip(INSIDE, inside, strict=True):
-        if not _close(made.project(name, stream[None], [0] * expected.shape[2]), expected.flatten(0, 1)):
+        if not close(made.project(name, stream[None], [0] * expected.shape[2]), expected.flatten(0, 1)):
             return False
-    if not _close(made.attend(*(x.to(made.out) for x in inside)), z):
+    if not close(made.attend(*(x.to(made.out) for x in inside)), z):
         return False
     written = made.outputs(z.flatten(0, 1)).sum(0) + made.bias
-    if not _close(written if layer.post1 is None else layer.post1(written), output.flatten(0, 1)):
+    if not close(written if layer.post1 is None else layer.post1(written), output.flatten(0, 1)):
         return False
     below = stream if layer.parallel else stream + output.flatten(0, 1).to(stream)
-    return all(_close(layer.mlp_output(below), x.flatten(0, 1)) for x in read[6:])
-
-
-def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two activations are equal but for rounding."""
-    one = one.to(other)
-    return bool((one - other).abs().max() <= torch.finfo(other.dtype).eps ** 0.5 * other.abs().max())
+    return all(close(layer.mlp_output(below), x.flatten(0, 1)) for x in read[6:])

@@ -8,6 +8,8 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -22,8 +24,10 @@ from transformers import (
     LlamaForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OlmoConfig,
     OlmoeConfig,
     OlmoeForCausalLM,
+    OlmoForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -124,6 +128,12 @@ OTHERS: dict[str, Callable[[], Any]] = {
         Qwen3MoeForCausalLM(Qwen3MoeConfig(**LLAMA, **EXPERTS, head_dim=D_HEAD, num_experts=4, moe_intermediate_size=8))),
     "gpt-oss": lambda: bridge(GptOssForCausalLM(GptOssConfig(**LLAMA, **EXPERTS, head_dim=D_HEAD, num_local_experts=4))),
 }  # fmt: skip
+
+UNUSUAL: dict[str, Callable[[], Any]] = {
+    "olmo": lambda: bridge(OlmoForCausalLM(OlmoConfig(**LLAMA))),
+    "cohere": lambda: bridge(CohereForCausalLM(CohereConfig(**LLAMA, logit_scale=0.25, pad_token_id=0))),
+}
+"""Norms without weights, and logits that are scaled after the unembedding."""
 
 ROTARY_RMS = {
     "act_fn": "silu", "normalization_type": "RMS", "gated_mlp": True, "positional_embedding_type": "rotary", "rotary_dim": D_HEAD,

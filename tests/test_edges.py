@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import BRIDGES, FAMILIES, HOOKED
+from architectures import BRIDGES, FAMILIES, HOOKED, UNUSUAL
 from circuits_by_hand import ByHand, gates, induction, two_hop
 from edge_oracle import edges_of, forward_with_edges
 from scipy.stats import mannwhitneyu
@@ -172,6 +172,24 @@ def test_attention_that_is_not_as_described_runs_through_the_model(other: str) -
     graph = graph_of(small.model, pairs_of(small))
     assert graph._projections is None
     compare_with_differences(graph, graph.estimates(), range(0, len(graph.items), 23))
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_estimates_of_models_with_unusual_norms_or_logits(name: str) -> None:
+    model = UNUSUAL[name]()
+    graph = graph_of(model, pairs_of(Small(model, [])))
+    estimates = graph.estimates()
+    compare_with_differences(graph, estimates, range(0, len(graph.items), 23))
+    assert np.abs(estimates).max() > 1e-4
+    assert graph._projections is not None
+    assert (graph._head is None) == (name == "cohere")
+
+
+def test_norms_that_a_model_computes_in_float32_are_recognised() -> None:
+    """The model's other numbers are in float64."""
+    model = BRIDGES["llama"]()
+    assert graph_of(model, pairs_of(Small(model, [])))._projections is not None
 
 
 SLOWLY = ("llama", "gemma2", "fewer outputs than inputs")

@@ -19,8 +19,10 @@ import typer
 
 import featpatch as fp
 from featpatch.cli.app import clear_errors
+from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.sae.dictionary import dictionaries as fp_dictionaries
+from featpatch.sae.dictionary import Dictionary
+from featpatch.sae.dictionary import dictionaries as dictionaries_of
 from featpatch.views import promoted
 
 from .prepare import LABEL, MODEL, load
@@ -129,7 +131,7 @@ def features(model: Any, dictionaries: Sequence[Any], effects: fp.Effects) -> st
     """
     header = ["feature", "position", "recovery", "degradation", "pairs", "recovery there", "most active on", "promotes"]
     lens = wrap(model)
-    by_name = {each.name: each for each in fp_dictionaries(lens, dictionaries)}
+    by_name = {each.name: each for each in dictionaries_of(lens, dictionaries)}
     found = []
     for top in (effects.top(FEATURES, kind="feature"), effects.top(FEATURES, kind="feature", by=WHERE, least_changed=2)):
         described = fp.max_activating(model, dictionaries, top.nodes, texts(), contexts=6)
@@ -146,7 +148,7 @@ def features(model: Any, dictionaries: Sequence[Any], effects: fp.Effects) -> st
                         int(top.changed_pairs[row]),
                         f"{there[row]:.2f}",
                         tokens(described[node]),
-                        quoted(token for token, _ in promoted(lens, by_name[node.sae], [node.index], PROMOTED)[node.index]),
+                        raised(lens, by_name[node.sae], node),
                     ]
                     for row, node in enumerate(top.nodes)
                 ],
@@ -158,6 +160,12 @@ def features(model: Any, dictionaries: Sequence[Any], effects: fp.Effects) -> st
 def tokens(description: Any) -> str:
     """Return the tokens on which a feature is most active."""
     return quoted(example.tokens[int(np.argmax(example.values))] for example in description.examples)
+
+
+def raised(lens: Lens, dictionary: Dictionary, node: fp.Node) -> str:
+    """Return the tokens whose logits a feature's decoder direction raises most."""
+    (found,) = promoted(lens, dictionary, [dictionary.number(node)], PROMOTED).values()
+    return quoted(token for token, _ in found)
 
 
 def quoted(words: Iterable[str]) -> str:

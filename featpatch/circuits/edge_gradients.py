@@ -1,8 +1,8 @@
 """Estimates of the scores of all edges from the model's weights; `attribution` states the formulas.
 
-One forward pass gives the clean runs and, behind them, the runs that the ablation values come from. One backward pass, layer by
-layer from the last, gives the gradient at the residual stream; what it takes from each receiver (a head's query, key or value,
-an MLP, the logits) is the gradient at what this receiver reads. The scores of a receiver's edges are one product of this with
+One forward pass gives the clean runs and, in the same batch, the runs that the ablation values come from. One backward pass,
+layer by layer from the last, gives the gradient at the residual stream and at what each receiver (a head's query, key or value,
+an MLP, the logits) reads from it. The scores of a receiver's edges are one product of this with
 the changes of all upstream senders; nothing is stored per edge. If a norm follows attention, a head's output is its part of the
 norm's input, and its change is multiplied by the derivative of that norm at the point.
 
@@ -21,11 +21,11 @@ from jaxtyping import Bool, Float, Int
 from featpatch import sites
 from featpatch.circuits.attribution import EMBEDDING, Point
 from featpatch.model.lens import Lens
-from featpatch.model.projections import Projections
+from featpatch.model.projections import Projections, wide
 
 MOVED_AT_ONCE = 100
-"""The number of tokens from which on no further point joins a pass. It bounds the memory for backpropagation; larger passes are
-hardly faster."""
+"""Points share a pass until it has this many tokens. This bounds the memory for backpropagation; larger passes are hardly
+faster."""
 
 Put = Callable[[str, torch.Tensor], torch.Tensor]
 """A function from the name of a sender's hook point and the activation there to the one that replaces it."""
@@ -96,25 +96,23 @@ def summed_scores(
     first, pairs = _first(tokens, answers, ablated), len(tokens)
     clean, final, values = _clean_runs(lens, projections, tokens, ablated, first)
     regions = None if regions is None else regions[:, first:].flatten(0, 1)
-    moves = {hook: _wide(lens, value.to(now) - now) for hook, (now, value) in values.items()}
-    changes, total = None, torch.zeros((), device=lens.device)
-    size, normed = ceil(MOVED_AT_ONCE / tokens.numel()), any(of_layer.layer.post1 for of_layer in projections)
+    moves = {hook: wide(value.to(now) - now).to(lens.device) for hook, (now, value) in values.items()}
+    unmoved, total = [each.after(first) for each in clean], torch.zeros((), device=lens.device)
+    normed = any(of_layer.layer.post1 for of_layer in projections)  # what the norm makes of a change depends on the point
+    shared = None if normed else _changes(projections, unmoved, moves)
+    size = ceil(MOVED_AT_ONCE / tokens.numel())
     for part in (slice(start, start + size) for start in range(0, len(points), size)):
         moved = _moved(points[part], values)
-        runs, ends = [each.after(first) for each in clean], final[:, first:]
-        if changes is None and not normed:
-            changes = _changes(projections, runs, moves)
+        runs, ends = unmoved, final[:, first:]
         if moved:
             put, entering = _put(moved, pairs), values[sites.resid_pre(0)][0]
             runs, ends = _run(projections, put(sites.resid_pre(0), entering.repeat(len(points[part]), 1, 1)), clean, put)
-        if normed:  # what a norm after attention makes of a change depends on the point
-            changes = _changes(projections, runs, moves)
-        assert changes is not None
+        changes = _changes(projections, runs, moves) if shared is None else shared
         at = torch.arange(len(ends), device=ends.device), (answers - first).repeat(len(ends) // pairs).to(ends.device)
         gradient = torch.zeros_like(ends)
         gradient[at] = _gradient(partial(measure, part), ends[at].unflatten(0, (-1, pairs))).flatten(0, 1)
-        total = total + _scores(lens, projections, runs, gradient, _put(_cut(moved), pairs), changes, regions)
-        del runs, ends, gradient  # the next pass needs their memory
+        total = total + _scores(projections, runs, gradient, _put(_cut(moved), pairs), changes, regions)
+        del runs, ends, gradient, changes  # the next pass needs their memory
         done(len(points[part]) * pairs)
     return total
 
@@ -277,7 +275,6 @@ def _changes(
 
 
 def _scores(
-    lens: Lens,
     projections: Sequence[Projections],
     runs: Sequence[Inside],
     gradient: torch.Tensor,
@@ -294,17 +291,16 @@ def _scores(
     scores: list[torch.Tensor] = []
 
     def score(gradients: torch.Tensor, senders: int) -> None:
-        flat = _wide(lens, gradients).flatten(1).unflatten(1, (-1, changes.shape[1])).sum(1)  # over points that share changes
+        flat = wide(gradients).to(changes.device).flatten(1)
+        flat = flat.unflatten(1, (-1, changes.shape[1])).sum(1)  # over points that share changes
         if regions is None:
             scores.append((flat @ changes[:senders].T).flatten())
             return
-        at = regions.repeat(changes.shape[1] // (lens.d_model * len(regions)), 1)
-        by_row = torch.einsum(
-            "rnd,snd->rsn", flat.unflatten(1, (-1, lens.d_model)), changes[:senders].unflatten(1, (-1, lens.d_model))
-        )
+        by_row = torch.einsum("rnd,snd->rsn", *(x.unflatten(1, (-1, width)) for x in (flat, changes[:senders])))
+        at = regions.repeat(by_row.shape[2] // len(regions), 1)
         scores.append((by_row @ at.to(by_row)).flatten())
 
-    senders, stream = len(changes), gradient.flatten(0, 1)
+    senders, width, stream = len(changes), gradient.shape[-1], gradient.flatten(0, 1)
     score(stream[None], senders)
     for layer, of_layer, inside in reversed([*zip(range(len(runs)), projections, runs, strict=True)]):
         stream, below = stream.to(of_layer.out), senders - len(of_layer.out) - (inside.written is not None)
@@ -321,8 +317,3 @@ def _scores(
         score(each, below)
         stream, senders = stream + of_mlp + each.sum(0), below
     return torch.cat(scores[::-1])
-
-
-def _wide(lens: Lens, x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in at least float32, on the model's device."""
-    return x.to(lens.device, torch.promote_types(x.dtype, torch.float32))

@@ -32,7 +32,7 @@ from featpatch.circuits.edge_runs import EdgeRuns, Run
 from featpatch.circuits.graph import announcing
 from featpatch.errors import FeatpatchError
 from featpatch.model.backward import modified, under
-from featpatch.model.layer import head_from
+from featpatch.model.layer import Head, close, head_from
 from featpatch.nodes import Edge, Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.ablation import Everywhere
@@ -180,6 +180,15 @@ class EdgeGraph(EdgeRuns):
         result: NDArray[np.float64] = self.combined(values).numpy()
         return result
 
+    @cached_property
+    @torch.no_grad()
+    def _head(self) -> Head | None:
+        """The map to logits as in the model's weights; None if the model's logits differ from it, e.g. by a scale (Cohere)."""
+        tokens, last = self._sample(), sites.resid_post(self.lens.n_layers - 1)
+        found, end = head_from(self.lens.model), torch.tensor([tokens.shape[1] - 1])
+        logits, final = self.lens.answer(tokens, end), self.lens.read(tokens, [last])[last][:, -1]
+        return found if close(found(final, None), logits) else None
+
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         """Measure the metric of all circuits and runs in one forward pass, layer by layer."""
@@ -196,12 +205,12 @@ class EdgeGraph(EdgeRuns):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Estimate from the model's weights or, with mediators or unreadable weights, with a weight for each edge."""
         by_weights = None if self.mediators else self._projections
-        if by_weights is None:
+        if by_weights is None or self._head is None:
             return self._by_edge(some, points, weights, done)
         size = max(1, ESTIMATED_AT_ONCE // len(self.runs[some[0]]))
         parts = [slice(start, start + size) for start in range(0, len(some), size)]
         same = self._fixed(some, sender_hooks(self.lens)) if self.others(some[:1]) is None else None
-        head = under(head_from(self.lens.model), points[0].rules)
+        head = under(self._head, points[0].rules)
         total, values = self._zeros(len(self.items)), self._zeros(len(points), len(some))
         for rows in parts:
             numbers, others = self._regions_of(some[rows]), self.others(some[rows])

@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.model.layer import ACTIVATIONS, Head, Layer, Norm, hidden, norm_of, soft_capped
+from featpatch.model.layer import ACTIVATIONS, Head, Layer, Norm, close, hidden, norm_of, soft_capped
 from featpatch.model.lens import Edit, Lens
 from featpatch.threads import editing, in_this_thread
 
@@ -184,7 +184,7 @@ def _softened(pattern: torch.Tensor) -> torch.Tensor:
     """
     wide = torch.promote_types(pattern.dtype, torch.float32)
     p = pattern.to(wide)
-    if not _close(p.sum(-1), torch.ones_like(p[..., 0]), pattern.dtype):
+    if not close(p.sum(-1), torch.ones_like(pattern[..., 0])):
         raise _form("attention patterns don't sum to 1, as with attention sinks")
     return _same(pattern, TEMPERATURE * (p.clamp(min=torch.finfo(wide).tiny).log() / TEMPERATURE).softmax(-1))
 
@@ -206,7 +206,7 @@ def _frozen(lens: Lens, module: Any) -> Iterator[None]:
         if norm is None or frozen is None or not torch.is_grad_enabled():
             return None
         live = norm(x)
-        if not _close(live, output, output.dtype):
+        if not close(live, output):
             raise _form(f"a {type(module).__name__} does not return its normed input")
         change = (frozen(x) - live).to(output)
         return output + (change - change.detach())
@@ -295,7 +295,7 @@ class _Mlp:
         if act is None or any(x is None for x in inputs):
             raise _form(f"the MLP of layer {self.layer} has an unknown activation function or no {' and '.join(self.inputs)}")
         z, *others = [x for x in inputs if x is not None]
-        if not any(_close(value, post, post.dtype) for value in self._values(hidden(act, z, *others))):
+        if not any(close(value, post) for value in self._values(hidden(act, z, *others))):
             raise _form(f"the MLP of layer {self.layer} does not compute its activation function of its input")
         found = hidden(act, z, *others, scaled=self.rules.activations, halved=self.rules.products)
         return _same(post, found)
@@ -306,13 +306,6 @@ class _Mlp:
         bias = getattr(self.lens.model.blocks[self.layer].mlp, "b_in", None)
         if len(self.inputs) > 1 and bias is not None:
             yield product + bias
-
-
-def _close(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Return whether two values are equal but for rounding in a precision, at most float32, in which models compute norms."""
-    one, other = one.detach().to(other), other.detach()
-    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    return bool((one - other).abs().max() <= eps**0.5 * other.abs().max())
 
 
 def _form(reason: str) -> FeatpatchError:

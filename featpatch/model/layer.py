@@ -55,6 +55,16 @@ def product_rounding(dtype: torch.dtype, units: int) -> float:
     return float(eps * (min(units, 8) if eps > 1e-4 else units))
 
 
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two activations are equal but for rounding in the dtype of the second.
+
+    Rounding is at least that of float32, in which models compute norms.
+    """
+    one, other = one.detach().to(other), other.detach()
+    eps = max(torch.finfo(other.dtype).eps, torch.finfo(torch.float32).eps)
+    return bool((one - other).abs().max() <= eps**0.5 * other.abs().max())
+
+
 class UnsupportedError(Exception):
     """Error for a model whose layers do not have the form above; such a model runs through its own forward pass instead."""
 
@@ -363,7 +373,7 @@ def build(model: Any, layers: Iterable[Layer]) -> Stack:
 
 
 def head_from(model: Any) -> Head:
-    """Return the map from the final residual stream to logits; unlike the layers, every model has one of this form."""
+    """Return the map from the final residual stream to logits that the weights describe; a model may scale logits after it."""
     cfg, bias = model.cfg, getattr(model.unembed, "b_U", None)
     return Head(norm_of(getattr(model, "ln_final", None), cfg), model.unembed.W_U, bias, softcap_of(cfg.output_logits_soft_cap))
 
@@ -381,7 +391,9 @@ def norm_of(module: Any, cfg: Any) -> Norm | None:
         return Norm(centred, getattr(module, "w", None), getattr(module, "b", None), float(cfg.eps))
     centred = not module.uses_rms_norm
     eps = getattr(original, "eps", getattr(original, "variance_epsilon", cfg.eps))
-    weight = original.weight + 1 if not centred and getattr(cfg, "rmsnorm_uses_offset", False) else original.weight
+    weight = getattr(original, "weight", None)
+    if weight is not None and not centred and getattr(cfg, "rmsnorm_uses_offset", False):
+        weight = weight + 1
     return Norm(centred, weight, getattr(original, "bias", None), float(eps))
 
 

@@ -1,9 +1,9 @@
-"""How attention and MLPs of a TransformerLens model write to the residual stream, and what each of their heads reads.
+"""The attention of each layer split by head, and the MLP, as functions of a model's weights.
 
-Because each head has its own projections, it can read an input of its own, and gradients are computed from the weights: from
-what a layer adds to what each of its receivers (a head's query, key or value, and the MLP) reads.
+They give what each head adds to the residual stream if it reads an input of its own, and the gradient with respect to what a
+head's query, key or value or the MLP reads, from that with respect to what the layer adds.
 
-Each form is compared with the activations of the model before it is used.
+The functions are compared with the activations of the model before they are used.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from featpatch import sites
 from featpatch.model.backward import LIVE, Rules, attend, under
-from featpatch.model.layer import Layer, Norm, UnsupportedError, norm_of
+from featpatch.model.layer import Layer, Norm, UnsupportedError, close, norm_of
 from featpatch.model.lens import Lens
 
 INSIDE = ("q", "k", "v")
@@ -82,9 +82,8 @@ def attention_outputs(lens: Lens, tokens: Int[torch.Tensor, "prompts pos"]) -> l
 
 def _adds(output: AttentionOutput, z: torch.Tensor, out: torch.Tensor, tolerance: float) -> bool:
     """Return whether heads `[rows, ...]` that are added in this way give what attention adds, `[rows, d_model]`."""
-    wide = torch.promote_types(z.dtype, torch.float32)
-    raw = output.in_front(z.to(output.weight.device, wide).reshape(len(z), *output.weight.shape[:2]))
-    found = raw if output.norm is None else output.norm(raw.to(output.weight.dtype)).to(wide)
+    raw = output.in_front(wide(z).to(output.weight.device).reshape(len(z), *output.weight.shape[:2]))
+    found = raw if output.norm is None else output.norm(raw.to(output.weight.dtype)).to(raw)
     expected = out.to(raw)
     return bool((found - expected).abs().max() <= tolerance * torch.maximum(raw.abs().max(), expected.abs().max()))
 
@@ -129,7 +128,8 @@ class Projections:
         """Return the queries, keys and values of all heads, which read the same residual stream."""
         y, layer = self.layer.attention_input(x), self.layer
         found = [linear(y).unflatten(-1, (-1, layer.d_head)) for linear in (layer.query, layer.key, layer.value)]
-        return [x[:, :: _repeats(x, len(self.into[name][0]))] for name, x in zip(INSIDE, found, strict=True)]
+        counts = [len(self.into[name][0]) for name in INSIDE]  # weights of shared keys and values may be repeated
+        return [values[:, :: values.shape[1] // count] for values, count in zip(found, counts, strict=True)]
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Return the outputs of heads from queries, keys and values as projected, see `attend`."""
@@ -250,28 +250,17 @@ def _split(layer: Layer, queries: int, keys: int, values: int, outputs: int) -> 
     return Projections(layer, into, out, out.new_zeros(out.shape[-1]) if layer.out.bias is None else layer.out.bias)
 
 
-def _repeats(x: Float[torch.Tensor, "rows heads d_head"], heads: int) -> int:
-    """Return how often each of some heads stands in `x`, because weights of shared keys and values may be repeated."""
-    return x.shape[1] // heads
-
-
 def _gives(made: Projections, read: Sequence[torch.Tensor]) -> bool:
     """Return whether a layer gives the activations of the model, in the order of `projections_of`."""
     entering, *inside, z, output = read[:6]
     stream, layer = entering.flatten(0, 1).to(made.out), made.layer
     for name, expected in zip(INSIDE, inside, strict=True):
-        if not _close(made.project(name, stream[None], [0] * expected.shape[2]), expected.flatten(0, 1)):
+        if not close(made.project(name, stream[None], [0] * expected.shape[2]), expected.flatten(0, 1)):
             return False
-    if not _close(made.attend(*(x.to(made.out) for x in inside)), z):
+    if not close(made.attend(*(x.to(made.out) for x in inside)), z):
         return False
     written = made.outputs(z.flatten(0, 1)).sum(0) + made.bias
-    if not _close(written if layer.post1 is None else layer.post1(written), output.flatten(0, 1)):
+    if not close(written if layer.post1 is None else layer.post1(written), output.flatten(0, 1)):
         return False
     below = stream if layer.parallel else stream + output.flatten(0, 1).to(stream)
-    return all(_close(layer.mlp_output(below), x.flatten(0, 1)) for x in read[6:])
-
-
-def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two activations are equal but for rounding."""
-    one = one.to(other)
-    return bool((one - other).abs().max() <= torch.finfo(other.dtype).eps ** 0.5 * other.abs().max())
+    return all(close(layer.mlp_output(below), x.flatten(0, 1)) for x in read[6:])

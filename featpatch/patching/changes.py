@@ -346,7 +346,7 @@ class Part(ABC):
         """The hook points at which the changes are added."""
 
     @property
-    def patched(self) -> "list[tuple[tuple[str, ...], Combine]]":
+    def patched(self) -> list[tuple[tuple[str, ...], Combine]]:
         """The hook points that are patched together, and what such a patch means: by default each alone."""
         return [((site,), "add") for site in self.sites]
 

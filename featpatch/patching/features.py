@@ -97,7 +97,7 @@ class FeaturePart(Part):
         """Return what patches of a dictionary mean, which makes a difference only if it writes to several hook points."""
         return (self.combine or dictionary.combine) if len(dictionary.outputs) > 1 else "add"
 
-    def _whole(self, run: PairRuns) -> "Iterator[tuple[str, str, dict[str, Change], str, Combine]]":
+    def _whole(self, run: PairRuns) -> Iterator[tuple[str, str, dict[str, Change], str, Combine]]:
         """Yield the arguments of `whole_swaps` for all features, the error and the activation, by hook point and together."""
         activations = {site: whole_change(site, run.ways, run.first) for site in self.sites}
         for dictionary in self.dictionaries:
@@ -195,7 +195,7 @@ class OnlyPart(Part):
         return self.part.sites
 
     @property
-    def patched(self) -> "list[tuple[tuple[str, ...], Combine]]":
+    def patched(self) -> list[tuple[tuple[str, ...], Combine]]:
         """The hook points that the other part patches together."""
         return self.part.patched
 

@@ -269,7 +269,7 @@ class Study:
         sweep = Sweep(self.path, self.readout.measures, self.rows)
         return Shards(sweep, [partial(blocks, together, part) for together in chunks(self.pairs) for part in self.parts])
 
-    def _blocks(self, runs: list[PairRuns], swaps: list[list[Swap]]) -> "dict[tuple[Direction, int, int, int], Block]":
+    def _blocks(self, runs: list[PairRuns], swaps: list[list[Swap]]) -> dict[tuple[Direction, int, int, int], Block]:
         """Return the patches as blocks for the engine, by direction, pair, reading and swap."""
         return {
             (direction, pair, reading, number): Block(swap.name, base, swap.at(run, direction, reading), swap.combine)

@@ -343,7 +343,7 @@ for bad, message in (
     (lambda: fp.ablate(None, [pair]), "pairs is a list: expected Pairs"),
     (lambda: fp.Patch([node]), "expected a tuple of Node"),
     (lambda: fp.Patch((node, "x")), "expected a tuple of Node"),
-    (lambda: fp.do(None, node, pair=pair), "patch is of type Node: expected an fp.Patch, which holds the nodes to patch; write"),
+    (lambda: fp.do(None, node, pair=pair).__enter__(), "patch is of type Node: expected an fp.Patch, which holds the nodes to patch; write"),
     (lambda: fp.feature([object()], 3), "pass a single SAE of the list here"),
     (lambda: spans(pair, 3), "positions=3: expected 'all', 'each' or a list of labels and indices such as ['S2', 0]; write positions=[3]"),
     (lambda: fp.rank_features(None, None, [pair]), "pairs is a list: expected Pairs"),

@@ -350,7 +350,7 @@ def test_the_self_check_adds_the_bos_of_the_model(root: Path) -> None:
     """A tokenizer that adds none itself, for which TransformerLens does."""
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    bare = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", unk_token="<unk>")
+    bare = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<bos>", unk_token="<unk>")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = fp.load(GPT2LMHeadModel.from_pretrained(root / "model"), fp.load_sae(root / "saes" / HOOK), tokenizer=bare)

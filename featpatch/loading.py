@@ -148,15 +148,15 @@ def _prompts(model: Any) -> Pairs | None:
 
     It returns None if the model has no tokenizer, or no pair is usable with it.
     """
-    tokenizer, room = getattr(model, "tokenizer", None), int(getattr(model.cfg, "n_ctx", 0) or 0)
-    if tokenizer is None:
+    room = int(getattr(model.cfg, "n_ctx", 0) or 0)
+    if getattr(model, "tokenizer", None) is None:
         return None
     pairs = []
     for texts in CONTRASTS:
-        clean, corrupted = (prompt_ids(tokenizer, text) for text in texts)
+        clean, corrupted = (prompt_ids(model, text) for text in texts)
         length = min(len(clean), len(corrupted))
         clean, corrupted = clean[:length], corrupted[:length]
         if clean != corrupted and 1 < length <= (room or length) and max(*clean, *corrupted) < model.cfg.d_vocab:
-            special = special_positions(tokenizer, clean, corrupted)
+            special = special_positions(model, clean, corrupted)
             pairs.append(Pair(clean, corrupted, correct=(0,), wrong=(1,), special=special))
     return Pairs(tuple(pairs)) if pairs else None

@@ -94,7 +94,8 @@ class Check:
     def __repr__(self) -> str:
         claims = ["" if fit.expected is None else f" of a claimed {fit.expected:.2f}" for fit in self.fits]
         fits = [
-            f"{fit.dictionary}: {fit.status}, explains {fit.explained_variance:.2f}{claim}. {fit.misfit}".strip()
+            f"{fit.dictionary}: {fit.status}, explains {fit.explained_variance:.2f}{claim}"
+            + (f"; {fit.misfit}" if fit.misfit else ".")
             for fit, claim in zip(self.fits, claims, strict=True)
         ]
         said = f"check on {self.positions} positions of {self.model}, weights {self.weights}"
@@ -369,12 +370,12 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, near: Runs, pairs: P
     enough = MISFIT if expected is None else max(MISFIT, expected - MARGIN)
     if best >= enough and 1 - best <= BETTER * (1 - here):
         return (
-            f"explains {here:.2f} of the variance here, but {best:.2f} {where}: load the SAE of this hook point and this "
+            f"{best:.2f} of the variance is explained {where}: load the SAE of this hook point and this "
             "model, or use this SAE where it fits"
         )
     if (said.known and here < MISFIT) or (expected is not None and here < expected - MISFIT):
         other = _other_weights(dictionary, done)
-        return f"explains {here:.2f} of the variance, and no other hook point fits: " + (
+        return "no other hook point fits: " + (
             f"{other}; load the model with processing={sorted(said.processing)}"
             if other
             else "it was probably undertrained, or trained on another model of this width or on activations of another scale; "

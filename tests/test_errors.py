@@ -44,6 +44,7 @@ PROMPT = {"clean": ["a bb ccc"], "corrupted": ["a b ccc"], "correct": ["dddd"], 
         ({"clean": [""], "corrupted": [""]}, r"pair 0: the clean prompt has no tokens"),
         ({"correct": ["two words"]}, r"answer 'two words' is 2 tokens \[3, 5\] after 'a bb ccc': expected exactly one; choose"),
         ({"correct": ["eeeee"]}, r"correct=\(5,\), wrong=\(5,\): expected no answer to be both"),
+        ({"wrong": "eeeee"}, r"wrong='eeeee' with a list of clean prompts: expected a list .*; write wrong=\['eeeee', ...\]"),
         ({"correct": [[]]}, r"correct=\(\), wrong=\(5,\): expected at least one correct answer"),
         ({"labels": [{"S2": 3}]}, r"label 'S2' is at position 3: expected 0 to 2"),
     ],
@@ -132,7 +133,10 @@ def sae_at(hook: str, width: int = WIDTH, **options: Any) -> StandardSAE:
         (lambda: sae_at(SITE, normalize_activations="expected_average_only_in"), r"scale is not folded into.*call sae.fold"),
         (lambda: StandardSAE(StandardSAEConfig(WIDTH, FEATURES)), r"names no hook point: .* set sae.cfg.metadata.hook_name"),
         (list, r"there are no SAEs: expected at least one"),
-        (lambda: "gpt2-small-res-jb", r"str is not a sae-lens SAE: expected one"),
+        (
+            lambda: "gpt2-small-res-jb",
+            r"str is not a sae-lens SAE: expected one.*; load a .* fp.load_sae\('gpt2-small-res-jb'\)",
+        ),
     ],
 )
 def test_saes_that_do_not_fit(bridge: Small, make: Callable[[], Any], message: str) -> None:
@@ -143,7 +147,8 @@ def test_saes_that_do_not_fit(bridge: Small, make: Callable[[], Any], message: s
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"positions": ["S2"]}, r"a pair has no label 'S2': expected one of \(it has no labels\); give labels"),
+        ({"positions": ["S2"]}, r"a pair has no label 'S2': expected one of \(it has no labels\); give labels.* such as -1"),
+        ({"positions": "S2,end"}, r"positions='S2,end': .*; write positions=\['S2', 'end'\]"),
         ({"positions": [7]}, r"position 7 is outside a prompt of 7 tokens: expected 0 to 6"),
         ({"positions": "some"}, r"positions='some': expected 'all', 'each' or a list"),
         ({"positions": []}, r"positions is empty"),
@@ -338,7 +343,9 @@ for bad, message in (
     (lambda: fp.ablate(None, [pair]), "pairs is a list: expected Pairs"),
     (lambda: fp.Patch([node]), "expected a tuple of Node"),
     (lambda: fp.Patch((node, "x")), "expected a tuple of Node"),
-    (lambda: spans(pair, 3), "positions=3: expected 'all', 'each' or a list"),
+    (lambda: fp.do(None, node, pair=pair).__enter__(), "patch is of type Node: expected an fp.Patch, which holds the nodes to patch; write"),
+    (lambda: fp.feature([object()], 3), "pass a single SAE of the list here"),
+    (lambda: spans(pair, 3), "positions=3: expected 'all', 'each' or a list of labels and indices such as ['S2', 0]; write positions=[3]"),
     (lambda: fp.rank_features(None, None, [pair]), "pairs is a list: expected Pairs"),
     (lambda: fp.check(None, None, None), "pairs is a NoneType: expected Pairs, e.g. from Pairs.from_prompts"),
     (lambda: fp.check(None, None, [pair]), "pairs is a list: expected Pairs"),

@@ -1,7 +1,7 @@
 """Attribution graphs, against forward passes in which everything but one source is frozen, in float64."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -385,6 +385,7 @@ def test_targets_and_special_tokens(demo: Any) -> None:
     for each in (found, named, both):
         assert abs(each.residual()).max() < 1e-3
     assert 0 < len(repr(found)) < 400
+    assert f"of '...{'b' * 60}'" in repr(replace(found, text="a" + "b" * 60)), "a long prompt is cut, and shown as cut"
 
 
 def test_what_is_refused(demo: Any) -> None:

@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 import featpatch as fp
 from featpatch.errors import FeatpatchWarning
+from featpatch.pairs.tokens import PairsWarning
 
 WORDS = [
     "<bos>",
@@ -284,7 +285,8 @@ def test_whitening_from_disk_is_folded_in(tmp_path: Path, bridge: Small) -> None
         ({"model": 3}, "the model is a int: expected a name, a folder"),
         ({"model": "missing/folder/of/model"}, "the model 'missing/folder/of/model' can't be loaded"),
         ({"dtype": "float31"}, "dtype 'float31' is unknown: expected float32, bfloat16"),
-        ({"device": "cuda:77"}, "device 'cuda:77' can't be used"),
+        ({"device": "cuda:77"}, "device 'cuda:77' can't be used .* that torch finds on this machine: cpu.*; pass one"),
+        ({"tokenizer": "folder"}, r"tokenizer='folder' is a str: .* pass tokenizer=AutoTokenizer.from_pretrained\('folder'\)"),
         ({"processing": ["fold"]}, r"processing=\['fold'\]: expected some of fold_ln"),
     ],
 )
@@ -330,6 +332,30 @@ def test_a_tokenizer_without_english(root: Path) -> None:
     with pytest.warns(FeatpatchWarning, match="the SAEs were not checked, because the built-in sentences don't work with"):
         loaded = fp.load(model, fp.load_sae(root / "saes" / HOOK), tokenizer=letters)
     assert loaded.check is None
+
+
+def test_a_folder_of_something_else(root: Path) -> None:
+    model, sae = root / "model", root / "saes" / HOOK
+    with pytest.raises(
+        fp.FeatpatchError, match=r"no cfg.json in .*, which holds 'config.json', .*: expected the folder of a saved SAE"
+    ):
+        fp.load_sae(model)
+    with pytest.raises(
+        fp.FeatpatchError, match=r"no config.json in .*, which holds 'cfg.json', .*; give the path .* the model's"
+    ):
+        fp.load(sae)
+
+
+def test_the_self_check_adds_the_bos_of_the_model(root: Path) -> None:
+    """A tokenizer that adds none itself, for which TransformerLens does."""
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    bare = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<bos>", unk_token="<unk>")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = fp.load(GPT2LMHeadModel.from_pretrained(root / "model"), fp.load_sae(root / "saes" / HOOK), tokenizer=bare)
+    assert loaded.check is not None
+    assert not [warning for warning in caught if issubclass(warning.category, PairsWarning)]
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,10 @@ def demo() -> Demo:
 
 @pytest.fixture
 def names(demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """What the pages take for granted, in an empty folder."""
+    """The names that a reader has before the first line of a page: none. The demo is loaded once, and the folder is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fp, "load_demo", lambda: demo)
-    return {"fp": fp, "demo": demo, "model": demo.model, "saes": demo.saes}
+    return {}
 
 
 SLOW = {
@@ -47,10 +47,7 @@ def tiers(names: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("page", tiers({page.name: page for page in WITH_CODE}))
-def test_page(page: Path, demo: Demo, names: dict[str, object]) -> None:
-    pairs = demo.pairs("ioi", n=2)
-    effects = fp.rank_features(demo.model, demo.saes[:1], pairs, positions=["S2"], progress=False)
-    names |= {"pairs": pairs, "effects": effects}
+def test_page(page: Path, names: dict[str, object]) -> None:
     code = [content for kind, content in FENCES.findall(page.read_text(encoding="utf-8")) if kind == "python"]
     exec("\n".join(code).replace("n=32", "n=2").replace("n=16", "n=2").replace("n=64", "n=4"), names)
 

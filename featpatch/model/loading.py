@@ -229,6 +229,11 @@ def load_model(
     Raises:
         FeatpatchError: there is no such model, it can't be loaded, or it can't be patched.
     """
+    if isinstance(tokenizer, (str, Path)):
+        raise FeatpatchError(
+            f"tokenizer={str(tokenizer)!r} is a {type(tokenizer).__name__}: expected the tokenizer itself; pass "
+            f"tokenizer=AutoTokenizer.from_pretrained({str(tokenizer)!r}), with AutoTokenizer from transformers"
+        )
     source = uncompiled(source)
     check_form(source)
     if isinstance(source, torch.nn.Module):
@@ -275,7 +280,7 @@ def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> Transformer
             f"{MERGE}; pass that, or save it with save_pretrained"
         )
     if Path(source).exists():
-        folder_with(source, "config.json")
+        folder_with(source, "config.json", "model")
     try:
         with installing_nothing():
             bridge: TransformerBridge = TransformerBridge.boot_transformers(

@@ -35,8 +35,11 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        here += ["mps"] * torch.backends.mps.is_available()
         raise FeatpatchError(
-            f"device {device!r} can't be used ({reason}): expected a device such as cpu, cuda or cuda:1"
+            f"device {device!r} can't be used ({reason}): expected a device that torch finds on this machine: {', '.join(here)}"
+            "; pass one of them, or install a build of torch that supports your device"
         ) from error
 
 
@@ -127,15 +130,21 @@ def near_folder(source: str | Path) -> str:
     return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
 
 
-def folder_with(path: str | Path, file: str) -> Path:
+def folder_with(path: str | Path, file: str, what: str) -> Path:
     """Return the path of a folder after checking that it holds a file.
+
+    Args:
+        what: what is saved in such a folder, "model" or "SAE".
 
     Raises:
         FeatpatchError: the file is not there.
     """
-    if not (Path(path) / file).is_file():
+    folder = Path(path)
+    if not (folder / file).is_file():
+        names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+        holds = f", which holds {', '.join(map(repr, names[:4]))}{', ...' if len(names) > 4 else ''}" if names else ""
         raise FeatpatchError(
-            f"there is no {file} in {str(path)!r}: expected the folder of a saved model or SAE (a local folder takes "
-            "precedence over a model or SAE of the same name on the hub)"
+            f"there is no {file} in {str(path)!r}{holds}: expected the folder of a saved {what} (a local folder takes "
+            f"precedence over a name on the hub); give the path of the folder that holds the {what}'s {file}"
         )
-    return Path(path)
+    return folder

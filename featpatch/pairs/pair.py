@@ -182,7 +182,7 @@ class Pair:
             if position not in self.labels:
                 raise FeatpatchError(
                     f"a pair has no label {position!r}: expected one of {sorted(self.labels) or '(it has no labels)'}; give "
-                    f"labels=[{{...}}, ...] when you make the pairs"
+                    "labels=[{...}, ...] when you make the pairs, or use a token index, such as -1 for the last token"
                 )
             return list(positions_of(self.labels[position]))
         return [token_index(position, len(self))]
@@ -345,8 +345,10 @@ def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
         FeatpatchError: the pair has no such position, or the request is not valid.
     """
     if positions not in ("all", "each") if isinstance(positions, str) else not isinstance(positions, Sequence):
+        listed = positions.split(",") if isinstance(positions, str) else [positions]
+        advice = f"; write positions={listed}" if isinstance(positions, (str, int)) else ""
         raise FeatpatchError(
-            f"positions={positions!r}: expected 'all', 'each' or a list of labels and indices such as ['S2', 0]"
+            f"positions={positions!r}: expected 'all', 'each' or a list of labels and indices such as ['S2', 0]{advice}"
         )
     if positions == "all":
         return {"all": pair.positions("all")}

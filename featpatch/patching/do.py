@@ -232,7 +232,11 @@ def do(
         raise FeatpatchError("source and pair are both None: expected tokens, or a pair whose clean prompt is the source")
     if (base is None) == (how == "add"):
         raise FeatpatchError(f"how={how!r} and base={base}: expected base tokens with how='add', and base=None with how='set'")
-    check_kinds(Patch, patch=patch)
+    if not isinstance(patch, Patch):
+        raise FeatpatchError(
+            f"patch is of type {type(patch).__name__}: expected an fp.Patch, which holds the nodes to patch; write "
+            "fp.Patch((node,)) or fp.Patch(effects.top(5).nodes)"
+        )
     given_values = None if isinstance(source, torch.Tensor) else source
     if given_values is not None and not isinstance(given_values, ActivationCache | Mapping):
         _rows("source", source)

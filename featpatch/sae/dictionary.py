@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -315,9 +316,14 @@ def kind_of(source: Any) -> tuple[type[Codec], tuple[str, ...], tuple[str, ...]]
             f"{type(source).__name__} is an object of {library}, which does not say at which hook point it belongs: expected "
             "fp.dictionaries.adapt(object, hook), with hook_out= for a transcoder"
         )
+    advice = ""
+    if isinstance(source, (str, Path)):
+        advice = f"; load a folder or a name with fp.load_sae({str(source)!r})"
+    elif isinstance(source, (list, tuple)):
+        advice = "; pass a single SAE of the list here"
     raise FeatpatchError(
         f"{type(source).__name__} is not a sae-lens SAE: expected one, e.g. from SAE.load_from_disk, or, for any other object "
-        "with encode and decode, fp.dictionaries.adapt(object, hook, d_in=...)"
+        f"with encode and decode, fp.dictionaries.adapt(object, hook, d_in=...){advice}"
     )
 
 

@@ -92,7 +92,7 @@ def load_sae(
     if found is None and Path(source).exists():
         if not (Path(source) / SAE_CFG_FILENAME).is_file() and (names := _inside(Path(source))):
             raise FeatpatchError(_several(str(source), names))
-        found = _from_folder(folder_with(source, SAE_CFG_FILENAME), device, dtype, norm_scaling_factor)
+        found = _from_folder(folder_with(source, SAE_CFG_FILENAME, "SAE"), device, dtype, norm_scaling_factor)
     elif found is None:
         check_there("SAE", source)
         found = _from_hub(str(source), device, dtype, norm_scaling_factor, hooks)

@@ -247,7 +247,8 @@ class AttributionGraph:
     def __repr__(self) -> str:
         kinds = self.kinds
         edges = int((self.adjacency != 0).sum())
-        shown = f" of {self.text[-60:]!r}" if self.text else ""
+        end = self.text if len(self.text) <= 60 else f"...{self.text[-60:]}"
+        shown = f" of {end!r}" if end else ""
         logits = ", ".join(
             f"{answer!r} {share:.2f}" for answer, share in list(zip(self.answers, self.probabilities, strict=False))[:3]
         )

@@ -192,6 +192,17 @@ def test_norms_that_a_model_computes_in_float32_are_recognised() -> None:
     assert graph_of(model, pairs_of(Small(model, [])))._projections is not None
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_estimates_in_bfloat16(name: str) -> None:
+    """The sum of parts rounds otherwise than the model; estimates are those of the same model in float64, but for rounding."""
+    small = Small(BRIDGES[name](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
+    expected = graph_of(small.model, pairs_of(small)).estimates()
+    small.model.to(torch.bfloat16)
+    found = graph_of(small.model, pairs_of(small)).estimates()
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+    assert not np.allclose(found, expected, rtol=1e-4)
+
+
 SLOWLY = ("llama", "gemma2", "fewer outputs than inputs")
 """Families whose edges are run one by one."""
 

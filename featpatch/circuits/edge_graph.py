@@ -33,6 +33,7 @@ from featpatch.circuits.graph import announcing
 from featpatch.errors import FeatpatchError
 from featpatch.model.backward import modified, under
 from featpatch.model.layer import Head, close, head_from
+from featpatch.model.projections import rounding
 from featpatch.nodes import Edge, Node
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.ablation import Everywhere
@@ -40,10 +41,6 @@ from featpatch.patching.paths import EdgePart
 from featpatch.patching.route import Senders, receiver_of
 from featpatch.patching.runs import AtAnswer
 from featpatch.patching.study import Options, Study
-
-TOLERANCE = 1e-3
-"""The largest allowed difference between the metric with the model's parts added up and that in the model, relative to the
-metric's size. It allows for rounding in float32."""
 
 PATCHED_AT_ONCE = 80
 """The largest number of tokens of pairs whose edges are patched together, unless a single prompt is longer."""
@@ -75,7 +72,7 @@ class EdgeGraph(EdgeRuns):
                 )
         super().check()
         found, size = self.values([self.items])[0], np.abs(self.empty if self.reads_clean else self.whole).max()
-        if not np.abs(found - self.whole).max() <= TOLERANCE * size:
+        if not np.abs(found - self.whole).max() <= rounding(self.lens) * size:
             expected = "heads whose sum, with or without a norm after it, and MLPs that are added to the residual stream"
             if self.lens.quantised:
                 expected = (

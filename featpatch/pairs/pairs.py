@@ -115,11 +115,11 @@ class Pairs(PairsInFiles, Sequence[Pair]):
             names = ", ".join(name for name, value in given.items() if value is not None)
             raise FeatpatchError(f"{names} without corrupted: expected corrupted prompts too; add them, or leave out {names}")
         check_kinds(Sized, clean=clean, correct=[] if correct is None else correct, wrong=[] if wrong is None else wrong)
-        for name, text in (("corrupted", corrupted), ("correct", correct), ("wrong", wrong)):
-            if isinstance(text, str):
+        for name, single in (("corrupted", corrupted), ("correct", correct), ("wrong", wrong)):
+            if isinstance(single, str):
                 raise FeatpatchError(
-                    f"{name}={text!r} with a list of clean prompts: expected a list with an entry for each of them; "
-                    f"write {name}=[{text!r}, ...]"
+                    f"{name}={single!r} with a list of clean prompts: expected a list with an entry for each of them; "
+                    f"write {name}=[{single!r}, ...]"
                 )
         columns: dict[str, Any] = {"clean": clean, "corrupted": clean if corrupted is None else corrupted}
         for name, answers in (("correct", correct), ("wrong", wrong)):

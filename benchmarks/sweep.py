@@ -101,7 +101,7 @@ def main() -> None:
         table()
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["real"], help="the real model instead of one with random weights")
+    parser.add_argument("-m", "--model", choices=["real"], help="the real model instead of one with random weights")
     parser.add_argument("--folder", type=Path, help="folder of the real model; by default that of examples/real_model")
     parser.add_argument("--saes", type=Path, help="folder of the real model's SAEs, one folder per hook point; as above")
     parser.add_argument("--shape", choices=SHAPES, default="gpt2-small")

@@ -143,13 +143,13 @@ def steps(folder: Path, saes: Path) -> Iterator[str]:
     """Yield the rows of the table of the other steps."""
     torch.set_num_threads(2)
     places = sorted(saes.glob("*.hook_resid_post"))
-    yield from head("step", "seconds", "CPU seconds", "")
+    yield from head("step", "time", "CPU time", "")
 
     def step(run: Callable[[], Any]) -> tuple[Any, str]:
         start, busy = perf_counter(), process_time()
         result = run()
         seconds, busy = perf_counter() - start, process_time() - busy
-        return result, f"{seconds:.1f} | {busy:.1f}{f' | more than {MOST} s' if seconds > MOST else ' |'}"
+        return result, f"{seconds:.1f} s | {busy:.1f} s{f' | more than {MOST} s' if seconds > MOST else ' |'}"
 
     (model, found), seconds = step(lambda: fp.load(folder, places, progress=False))
     yield line("load the model and three SAEs, and check that they fit", seconds)

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from featpatch import sites
 from featpatch.circuits.attribution import ESTIMATED_AT_ONCE, Point
 from featpatch.circuits.edge_gradients import sender_hooks, summed_scores
-from featpatch.circuits.edge_runs import EdgeRuns, Run
+from featpatch.circuits.edge_runs import COMPARED, EdgeRuns, Run
 from featpatch.circuits.graph import announcing
 from featpatch.errors import FeatpatchError
 from featpatch.model.backward import modified, under
@@ -181,10 +181,11 @@ class EdgeGraph(EdgeRuns):
     @torch.no_grad()
     def _head(self) -> Head | None:
         """The map to logits as in the model's weights; None if the model's logits differ from it, e.g. by a scale (Cohere)."""
-        tokens, last = self._sample(), sites.resid_post(self.lens.n_layers - 1)
-        found, end = head_from(self.lens.model), torch.tensor([tokens.shape[1] - 1])
-        logits, final = self.lens.answer(tokens, end), self.lens.read(tokens, [last])[last][:, -1]
-        return found if close(found(final, None), logits) else None
+        found, tokens = head_from(self.lens.model), self._sample()[:1, :COMPARED]
+        drawn = torch.randn(*tokens.shape, self.lens.d_model, generator=torch.Generator().manual_seed(0))
+        stream = drawn.to(self.lens.first_weight)
+        logits = self.unembedded(stream, tokens, torch.tensor([tokens.shape[1] - 1]))
+        return found if close(found(stream[:, -1], None), logits) else None
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:

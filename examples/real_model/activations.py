@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from featpatch.errors import FeatpatchError
@@ -62,4 +63,8 @@ def cache(model: Any, rows: torch.Tensor, hooks: Sequence[str], folder: Path) ->
 
 def cached(folder: Path, hook: str) -> torch.Tensor:
     """Return the activations at a hook point from all files, in float16 `[token, width]`."""
-    return torch.cat([load_file(file)[hook] for file in sorted(folder.glob("*.safetensors"))])
+    parts = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            parts.append(file.get_tensor(hook))
+    return torch.cat(parts)

@@ -132,9 +132,11 @@ def features(model: Any, dictionaries: Sequence[Any], effects: fp.Effects) -> st
     header = ["feature", "position", "recovery", "degradation", "pairs", "recovery there", "most active on", "promotes"]
     lens = wrap(model)
     by_name = {each.name: each for each in dictionaries_of(lens, dictionaries)}
+    tops = effects.top(FEATURES, kind="feature"), effects.top(FEATURES, kind="feature", by=WHERE, least_changed=2)
+    nodes = list(dict.fromkeys(node for top in tops for node in top.nodes))
+    described = fp.max_activating(model, dictionaries, nodes, texts(), contexts=6)
     found = []
-    for top in (effects.top(FEATURES, kind="feature"), effects.top(FEATURES, kind="feature", by=WHERE, least_changed=2)):
-        described = fp.max_activating(model, dictionaries, top.nodes, texts(), contexts=6)
+    for top in tops:
         there = top.pooled("recovery", over="changed")
         found.append(
             table(

@@ -1,8 +1,8 @@
 """Train BatchTopK SAEs and transcoders on SmolLM2: `python -m examples.real_model.train`, after the model is prepared.
 
-Text is found on this machine (see `text.py`) and written by the model (see `written.py`). Activations are read once and kept. A step whose output exists is skipped, so an interrupted run continues; with other settings, give another
-folder with --work. The card has what was measured on held-out documents. One million tokens take 1.2 GB on disk for each hook
-point.
+Text is found on this machine (see `text.py`) and written by the model (see `written.py`). Activations are read once and kept.
+A step whose output exists is skipped, so an interrupted run continues; with other settings, give another folder with --work.
+The card has what was measured on held-out documents. One million tokens take 1.2 GB on disk for each hook point.
 """
 
 import json

@@ -16,9 +16,9 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
 CORE = [
-    *("sae/codec", "sae/sae_lens", "sae/adapted", "sae/dictionary", "model/layer", "nodes"),
-    *("patching/*", "engine/*", "attribution/*", "effects/measured", "effects/selection", "effects/statistics"),
-    *("effects/table", "effects/frames", "effects/collector", "effects/storage", "effects/audit"),
+    *("engine/*", "patching/*", "sae/*", "circuits/*", "attribution/*", "pairs/*", "model/layer", "nodes"),
+    *("effects/measured", "effects/selection", "effects/statistics", "effects/table", "effects/frames"),
+    *("effects/collector", "effects/storage", "effects/audit"),
 ]
 ARITHMETIC, BITS = {"Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow"}, {"BitOr", "BitAnd", "BitXor"}
 BINARY = {"arith_expr", "term", "power", "expr", "and_expr", "xor_expr"}

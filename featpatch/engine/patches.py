@@ -12,7 +12,7 @@ left.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 import torch
@@ -185,33 +185,31 @@ Entry = tuple[int, str]
 """A layer, and a place in it where changes enter, see `sites.ENTRIES`; the layer after the last stands for the end."""
 
 
-@dataclass(frozen=True)
-class Trace:
-    """The activations of a base run in featpatch's own forward pass, by layer.
+Trace = dict[tuple[int, str], torch.Tensor]
+"""The activations of a base run in featpatch's own forward pass, by layer and name.
 
-    Attributes:
-        pre: the residual stream at the input of each layer and after the last, `[pos, d_model]`.
-        mid: the residual stream after attention, `[pos, d_model]`.
-        z: the output of attention before W_O, `[pos, width]`.
-        query, key, value: the queries, keys and values, `[pos, heads, d_head]`.
-    """
-
-    pre: dict[int, torch.Tensor] = field(default_factory=dict)
-    mid: dict[int, torch.Tensor] = field(default_factory=dict)
-    z: dict[int, torch.Tensor] = field(default_factory=dict)
-    query: dict[int, torch.Tensor] = field(default_factory=dict)
-    key: dict[int, torch.Tensor] = field(default_factory=dict)
-    value: dict[int, torch.Tensor] = field(default_factory=dict)
+The names are `pre` for the residual stream `[pos, d_model]` at the input of the layer (after the last layer, at its output),
+`mid` for the residual stream after attention, `z` for the output of attention before W_O `[pos, width]`, and `query`, `key` and
+`value` for these `[pos, heads, d_head]`.
+"""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows of one base run: `patches` copies of its positions `first` to `answer`."""
+    """The rows of units of one base run with the same first position, which share attention.
+
+    There is a copy of the run's positions `first` to `answer` for each patch.
+    """
 
     trace: Trace
-    patches: int
+    units: Sequence[Unit]
     first: int
     answer: int
+
+    @property
+    def patches(self) -> int:
+        """The number of patches."""
+        return sum(len(unit.patches) for unit in self.units)
 
     @property
     def length(self) -> int:
@@ -278,37 +276,45 @@ class Rows:
             start += span.rows
         return cls(spans, sizes, torch.cat(patch), torch.cat(position))
 
-    def joined(self) -> "Rows":
-        """Return these rows with adjacent spans of one base run and first position joined, so that they share attention."""
-        spans: list[Span] = []
-        sizes: list[int] = []
-        before: list[int] = []
-        for span, size in zip(self.spans, self.sizes, strict=True):
-            if spans and spans[-1].trace is span.trace and spans[-1].first == span.first:
-                before.append(spans[-1].patches)
-                spans[-1] = replace(spans[-1], patches=spans[-1].patches + span.patches)
-                sizes[-1] += size
-            else:
-                before.append(0)
-                spans.append(span)
-                sizes.append(size)
-        return Rows(spans, sizes, self.patch + torch.tensor(before).repeat_interleave(torch.tensor(self.sizes)), self.position)
-
-    def base(self, name: str, layer: int) -> torch.Tensor:
-        """Return the base runs' values in these rows, given a field of `Trace` and a layer."""
-        values = [getattr(span.trace, name)[layer] for span in self.spans]
+    def base(self, layer: int, name: str) -> torch.Tensor:
+        """Return the base runs' values in these rows, see `Trace`."""
+        values = [span.trace[layer, name] for span in self.spans]
         places = self.position.split([*self.sizes])
         return torch.cat([of_span[place.to(of_span.device)] for of_span, place in zip(values, places, strict=True)])
 
 
 @dataclass(frozen=True)
-class Moved:
+class Changes:
     """The changes that patches make at one hook point, `delta[r]` in row r of `rows`."""
 
     site: str
     combine: Combine
     rows: Rows
     delta: Float[torch.Tensor, "rows d"]
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], site: str, combine: Combine) -> "Changes":
+        """Collect the changes at a hook point from those patches whose changes have this meaning."""
+        found, patch, sizes = [], [], []
+        for span in spans:
+            before, size = 0, 0
+            for unit in span.units:
+                if site in unit.block.deltas and unit.block.combine == combine:
+                    deltas = unit.deltas(site).upto(span.answer)
+                    found.append(deltas)
+                    patch.append(deltas.patch + before)
+                    size += len(deltas.patch)
+                before += len(unit.patches)
+            sizes.append(size)
+        values = [deltas.values() for deltas in found]
+        delta = torch.cat([each.to(values[0].device) for each in values])
+        return cls(site, combine, Rows(spans, sizes, torch.cat(patch), torch.cat([d.position for d in found])), delta)
+
+    def at_answer(self) -> "Changes":
+        """Return the changes of the answer rows alone."""
+        ends = torch.tensor([span.answer for span in self.rows.spans]).repeat_interleave(torch.tensor(self.rows.sizes))
+        some = self.rows.position == ends
+        return replace(self, rows=self.rows.keep(some), delta=self.delta[some.to(self.delta.device)])
 
     def apply(self, x: torch.Tensor, at: Int[torch.Tensor, " rows"], before: torch.Tensor | None) -> None:
         """Make the changes in a matrix.
@@ -322,57 +328,20 @@ class Moved:
         value = x[at]
         if self.combine == "set":
             layer, place = entry(self.site)
-            value = self.rows.base(place, layer).to(x.device)
+            value = self.rows.base(layer, place).to(x.device)
             if before is not None and not sites.is_stream(self.site) and place != "z":
-                earlier = ("pre", layer) if place == "mid" else ("mid", layer - 1)
+                earlier = (layer, "pre") if place == "mid" else (layer - 1, "mid")
                 value = before[at] + (value - self.rows.base(*earlier).to(x.device))
         x[at] = added(value, self.delta)
 
 
-@dataclass(frozen=True)
-class Changes:
-    """The changes that the patches of a batch of units make, at all hook points.
-
-    Attributes:
-        units: the units.
-        spans: the span of each unit.
-    """
-
-    units: Sequence[Unit]
-    spans: Sequence[Span]
-
-    @cached_property
-    def hooks(self) -> dict[Entry, list[tuple[str, Combine]]]:
-        """The hook points that are patched and the meaning of the patches, by the place where they enter."""
-        patched = dict.fromkeys((site, unit.block.combine) for unit in self.units for site in unit.block.deltas)
-        hooks: dict[Entry, list[tuple[str, Combine]]] = {}
-        in_order = sorted(patched, key=lambda each: (sites.is_stream(each[0]), sites.layer_of(each[0])))  # addends, then sums
-        for site, combine in in_order:
-            hooks.setdefault(entry(site), []).append((site, combine))
-        return hooks
-
-    def at(self, place: Entry, *, answer_only: bool = False) -> list[Moved]:
-        """Return the changes that enter at a place, of the answer rows alone or of all rows."""
-        return [self._moved(*patched, answer_only=answer_only) for patched in self.hooks.get(place, ())]
-
-    def apply(self, x: torch.Tensor, place: Entry, before: torch.Tensor, *, answer_only: bool) -> None:
-        """Make the changes that enter at a place in the matrix `x`, see `Moved.apply`."""
-        for moved in self.at(place, answer_only=answer_only):
-            moved.apply(x, moved.rows.number(answer_only=answer_only), before)
-
-    def _moved(self, site: str, combine: Combine, *, answer_only: bool) -> Moved:
-        changing = [site in unit.block.deltas and unit.block.combine == combine for unit in self.units]
-        found = [unit.deltas(site).upto(unit.block.run.answer) for unit, does in zip(self.units, changing, strict=True) if does]
-        remaining = iter(found)
-        sizes = [len(next(remaining).patch) if does else 0 for does in changing]
-        values = [deltas.values() for deltas in found]
-        delta = torch.cat([each.to(values[0].device) for each in values])
-        rows = Rows(self.spans, sizes, torch.cat([d.patch for d in found]), torch.cat([d.position for d in found]))
-        if answer_only:
-            ends = torch.tensor([span.answer for span in self.spans]).repeat_interleave(torch.tensor(sizes))
-            at_end = rows.position == ends
-            rows, delta = rows.keep(at_end), delta[at_end.to(delta.device)]
-        return Moved(site, combine, rows, delta)
+def entering(units: Sequence[Unit]) -> dict[Entry, list[tuple[str, Combine]]]:
+    """Return the hook points that units patch and the meanings of these patches, by the place where they enter."""
+    patched = dict.fromkeys((site, unit.block.combine) for unit in units for site in unit.block.deltas)
+    places: dict[Entry, list[tuple[str, Combine]]] = {}
+    for site, combine in sorted(patched, key=lambda each: (sites.is_stream(each[0]), sites.layer_of(each[0]))):
+        places.setdefault(entry(site), []).append((site, combine))  # addends come before sums
+    return places
 
 
 def entry(site: str) -> Entry:

@@ -18,7 +18,7 @@ The base run's part is one matrix product per head for all patches; none of it i
 A patch at several hook points enters at the lowest of them; the pass makes the other changes on its way up.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -28,9 +28,10 @@ import torch
 from jaxtyping import Float
 
 from featpatch.engine.cost import suffix_flops
-from featpatch.engine.patches import BaseRun, Block, Changes, Entry, Rows, Span, Trace, Unit, entry
+from featpatch.engine.patches import BaseRun, Block, Changes, Entry, Rows, Span, Trace, Unit, entering, entry
 from featpatch.model.layer import Layer, Stack, soft_capped
 from featpatch.model.lens import Lens
+from featpatch.nodes import Combine
 
 BaseHeads = Float[torch.Tensor, "prefix kv_heads d_head"]
 
@@ -78,6 +79,9 @@ Columns = Sequence[int] | None
 """Token ids whose logits are needed, or None for the whole vocabulary."""
 
 
+Hooks = Mapping[Entry, Sequence[tuple[str, Combine]]]
+"""The hook points that are patched and the meanings of these patches, see `entering`."""
+
 PLACES = ("pre", "z", "mid")
 """The places of a layer, see `sites.ENTRIES`, in the order in which the forward pass reaches them."""
 
@@ -105,17 +109,15 @@ class SuffixPath:
     def baseline(self, run: BaseRun, columns: Columns) -> Float[torch.Tensor, "1 columns"]:
         """Return the logits of the base run at its answer position."""
         trace = self._trace(run)
-        return self.stack.head(trace.pre[len(self.stack.layers)][run.answer, None], self._ids(columns))
+        return self.stack.head(trace[len(self.stack.layers), "pre"][run.answer, None], self._ids(columns))
 
     def logits(self, units: Sequence[Unit], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
         """Return the logits of every patch at its answer position; all units must be of one group."""
-        spans = [Span(self._trace(u.block.run), len(u.patches), u.first, u.block.run.answer) for u in units]
-        changes = Changes(units, spans)
-        layer, rows, x = self._enter(self.group(units[0].block), changes)
-        if layer == len(self.stack.layers):
-            final = self._at_answer(rows.joined(), x)
-        else:
-            final = self._run(layer, rows.joined(), x, changes)
+        by_span = groupby(units, key=lambda unit: (unit.block.run, unit.first))
+        spans = [Span(self._trace(run), [*some], first, run.answer) for (run, first), some in by_span]
+        hooks = entering(units)
+        layer, rows, x = self._enter(self.group(units[0].block), spans, hooks)
+        final = self._at_answer(rows, x) if layer == len(self.stack.layers) else self._run(layer, rows, x, hooks)
         found: list[torch.Tensor] = []
         alike = [[*group] for _, group in groupby(zip(units, columns, strict=True), key=itemgetter(1))]
         sizes = [[len(unit.patches) for unit, _ in group] for group in alike]
@@ -132,7 +134,7 @@ class SuffixPath:
         for start, together in groups.items():
             lengths = [len(run.tokens) for run in together]
             x = torch.cat([run.resid[start] for run in together])
-            traces = [Trace() for _ in together]
+            traces: list[Trace] = [{} for _ in together]
             for index in range(start, len(self.stack.layers)):
                 layer = self.stack.layers[index]
                 x = x.to(layer.device)
@@ -147,10 +149,10 @@ class SuffixPath:
                 parts = (x, mid, z, q, k, v)
                 for name, values in zip(("pre", "mid", "z", "query", "key", "value"), parts, strict=True):
                     for trace, value in zip(traces, values.split(lengths), strict=True):
-                        getattr(trace, name)[index] = value
+                        trace[index, name] = value
                 x = mid + layer.mlp_output(x if layer.parallel else mid)
             for run, trace, value in zip(together, traces, x.split(lengths), strict=True):
-                trace.pre[len(self.stack.layers)] = value
+                trace[len(self.stack.layers), "pre"] = value
                 self.traces[run] = trace
 
     def _ids(self, columns: Columns) -> torch.Tensor | None:
@@ -160,12 +162,12 @@ class SuffixPath:
         self.prepare([run])
         return self.traces[run]
 
-    def _enter(self, place: Entry, changes: Changes) -> tuple[int, Rows, torch.Tensor]:
+    def _enter(self, place: Entry, spans: Sequence[Span], hooks: Hooks) -> tuple[int, Rows, torch.Tensor]:
         """Make the changes before the first layer with attention; return its index, the changed rows, and its input there."""
         index, first = place
         start = index if first == "pre" else index + 1
         places = [place] if first == "pre" else [(index, "z"), (index, "mid"), (start, "pre")]
-        moved = {each: changes.at(each) for each in places}
+        moved = {each: [Changes.of(spans, *patched) for patched in hooks.get(each, ())] for each in places}
         every = [one.rows for each in moved.values() for one in each]
         rows = every[0] if len(every) == 1 else Rows.union(every)
 
@@ -174,45 +176,52 @@ class SuffixPath:
                 one.apply(x, rows.find(one.rows), before)
             return x
 
-        pre = rows.base("pre", index)
+        pre = rows.base(index, "pre")
         if first == "pre":
             x = make(pre, place, None)
         else:
-            layer, mid = self.stack.layers[index], rows.base("mid", index)
+            layer, mid = self.stack.layers[index], rows.base(index, "mid")
             if moved[index, "z"]:
-                z = rows.base("z", index)
+                z = rows.base(index, "z")
                 mid = pre + layer.attention_output(make(z, (index, "z"), None))
             mid = make(mid, (index, "mid"), pre)
             here = mid.device  # the next layer may be on another device
-            out = rows.base("pre", start).to(here) - rows.base("mid", index) if layer.parallel else layer.mlp_output(mid)
+            out = rows.base(start, "pre").to(here) - rows.base(index, "mid") if layer.parallel else layer.mlp_output(mid)
             x = make(mid + out, (start, "pre"), mid)
-        return start, rows, x.to(changes.spans[0].trace.pre[start].device)
+        return start, rows, x.to(spans[0].trace[start, "pre"].device)
 
-    def _run(self, start: int, rows: Rows, x: torch.Tensor, changes: Changes) -> torch.Tensor:
+    def _run(self, start: int, rows: Rows, x: torch.Tensor, hooks: Hooks) -> torch.Tensor:
         """Return the final residual stream `[patches of all spans, d_model]` at the answer position.
 
         Args:
             start: the first layer.
             rows: the rows of its input that are changed.
             x: the residual stream in these rows.
-            changes: the changes that enter later.
+            hooks: the hook points at which changes enter.
         """
         last, spans = len(self.stack.layers) - 1, rows.spans
+
+        def change(x: torch.Tensor, place: Entry, before: torch.Tensor) -> None:
+            for patched in hooks.get(place, ()):
+                changes = Changes.of(spans, *patched)
+                changes = changes.at_answer() if ends else changes
+                changes.apply(x, changes.rows.number(answer_only=ends), before)
+
         x, heads = self._first(start, rows, x, answer_only=start == last)
         for index in range(start, last + 1):
             layer, ends = self.stack.layers[index], index == last
             if index > start:
                 x, heads = self._next(index, spans, x, answer_only=ends)
             parts = [
-                attend(layer, q, k, v, span.trace.key[index][: span.first], span.trace.value[index][: span.first])
+                attend(layer, q, k, v, span.trace[index, "key"][: span.first], span.trace[index, "value"][: span.first])
                 for span, (q, k, v) in zip(spans, heads, strict=True)
             ]
             z = torch.cat([part.flatten(0, 1) for part in parts])
-            changes.apply(z, (index, "z"), z, answer_only=ends)
+            change(z, (index, "z"), z)
             mid = x + layer.attention_output(z)
-            changes.apply(mid, (index, "mid"), x, answer_only=ends)
+            change(mid, (index, "mid"), x)
             x = mid + layer.mlp_output(x if layer.parallel else mid)
-            changes.apply(x, (index + 1, "pre"), mid, answer_only=ends)
+            change(x, (index + 1, "pre"), mid)
         return x
 
     def _first(
@@ -228,7 +237,7 @@ class SuffixPath:
         ):
             at = (patches, positions - span.first)
             parts = [
-                span.base(getattr(span.trace, name)[index]).index_put(at, value)
+                span.base(span.trace[index, name]).index_put(at, value)
                 for name, value in zip(("pre", "query", "key", "value"), values, strict=True)
             ]
             if answer_only:
@@ -263,6 +272,6 @@ class SuffixPath:
         final = []
         parts = (part.split([*rows.sizes]) for part in (rows.patch.to(x.device), rows.position.to(x.device), x))
         for span, patches, positions, values in zip(rows.spans, *parts, strict=True):
-            whole = span.base(span.trace.pre[len(self.stack.layers)])
+            whole = span.base(span.trace[len(self.stack.layers), "pre"])
             final.append(whole.index_put((patches, positions - span.first), values)[:, -1])
         return torch.cat(final)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from random import Random
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -338,8 +338,6 @@ To = str | float | ActivationCache | Mapping[str, torch.Tensor]
 @dataclass(frozen=True, eq=False)
 class Ablation(Contrast):
     """A contrast in which ablation values replace those of the clean run."""
-
-    everywhere: ClassVar[bool] = True
 
     ablation_values: AblationValues
     to: To

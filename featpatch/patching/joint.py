@@ -31,7 +31,7 @@ from featpatch.patching.do import Chosen, check_settable, choose, keeping
 from featpatch.patching.features import FeaturePart, OnlyPart
 from featpatch.patching.patches import PatchesPart, check_apart
 from featpatch.patching.runs import Contrast, PairRuns, Run
-from featpatch.patching.study import CLEAN_AND_CORRUPTED, Options, Study
+from featpatch.patching.study import Options, Study
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import CODED, check_nodes
@@ -204,7 +204,7 @@ def node_study(
     pairs: Pairs,
     nodes: Any,
     options: Options,
-    contrast: Callable[[Sequence[Part]], Contrast] = lambda parts: CLEAN_AND_CORRUPTED,
+    contrast: Callable[[Sequence[Part]], Contrast | None] = lambda parts: None,
     *,
     together: bool | None = None,
 ) -> tuple[Study, tuple[Node, ...]]:

@@ -9,7 +9,7 @@ corrupted run may also be the clean prompt with noise on the embeddings (noise.p
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -71,22 +71,17 @@ Ways = Mapping[Direction, tuple[Run, Run]]
 """By direction, the run that is patched (base) and the run that values are taken from (source)."""
 
 
-class Contrast:
-    """A choice of base and source runs for each direction; by default, each run of a pair is patched with values of the other.
-
-    Attributes:
-        everywhere: whether base and source can differ at positions before the first differing token.
-    """
-
-    everywhere: ClassVar[bool] = False
+@runtime_checkable
+class Contrast(Protocol):
+    """A choice of base and source runs other than clean and corrupted; the two may differ at every position."""
 
     def ways(self, index: int, clean: Run, corrupted: Run) -> Ways:
         """Return base and source by direction for the pair with this index, given its clean and corrupted runs."""
-        return {"denoising": (corrupted, clean), "noising": (clean, corrupted)}
+        ...
 
     def about(self) -> dict[str, Any]:
         """Return metadata to store with the results."""
-        return {}
+        ...
 
 
 Metrics = str | Metric | Sequence[str | Metric]
@@ -244,7 +239,7 @@ class Runner:
         layers: the layers in which patches are made.
         wanted: the positions at which nodes are patched, by pair.
         readings: the readings of the metric, by pair.
-        contrast: the choice of base and source runs.
+        contrast: the choice of base and source runs; None to patch each run of a pair with values of the other.
         noise: the noise on the embeddings of the clean prompts that replaces the corrupted prompts, if any.
     """
 
@@ -254,7 +249,7 @@ class Runner:
     layers: Sequence[int]
     wanted: Sequence[Wanted]
     readings: Mapping[int, Sequence[Reading]]
-    contrast: Contrast
+    contrast: Contrast | None
     noise: Noise | None
 
     @torch.no_grad()
@@ -275,7 +270,7 @@ class Runner:
     ) -> PairRuns:
         pair = self.pairs[index]
         first = pair.first_difference if self.noise is None else min(self.noise.at(pair))
-        first = 0 if self.contrast.everywhere or not self.lens.causal else first
+        first = 0 if self.contrast is not None or not self.lens.causal else first
         bases: dict[Direction, list[BaseRun]] = {direction: [] for direction in CLEAN_FIRST}
         for number, reading in enumerate(self.readings[index]):
             for direction in bases:
@@ -296,11 +291,15 @@ class Runner:
         wanted = self.wanted[index]
         if self.labelled(pair):
             first, wanted, kept = self._places(pair, wanted, kept)
-        return PairRuns(pair, first, wanted, self.contrast.ways(index, kept["noising"], kept["denoising"]), bases)
+        clean, corrupted = kept["noising"], kept["denoising"]
+        ways: Ways = {"denoising": (corrupted, clean), "noising": (clean, corrupted)}
+        if self.contrast is not None:
+            ways = self.contrast.ways(index, clean, corrupted)
+        return PairRuns(pair, first, wanted, ways, bases)
 
     def labelled(self, pair: Pair) -> bool:
         """Return whether the two runs of a pair correspond only at its labels."""
-        return pair.by_label and self.noise is None and not self.contrast.everywhere
+        return pair.by_label and self.noise is None and self.contrast is None
 
     def _places(self, pair: Pair, wanted: Wanted, kept: Mapping[Direction, Run]) -> tuple[int, Wanted, Mapping[Direction, Run]]:
         """Return the first place at which the runs can differ, the wanted places, and the runs at these places."""

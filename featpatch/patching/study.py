@@ -63,9 +63,6 @@ class Options:
 NOT_COMPARED = ("metric", "tags", "versions", "finished", "sites", "places", "tokens", "lengths")
 """The entries of metadata that a journal does not compare: those that may differ, and those that follow from others."""
 
-CLEAN_AND_CORRUPTED = Contrast()
-"""The default contrast: clean into corrupted, and corrupted into clean."""
-
 Survey = tuple[NDArray[np.float64], NDArray[np.float64], int]
 """The metrics of clean runs and of corrupted runs, `[pairs, metrics]` each, and the number of patches per direction."""
 
@@ -110,7 +107,7 @@ class Study:
         about: Mapping[str, Any],
         pairs: Pairs,
         options: Options,
-        contrast: Contrast = CLEAN_AND_CORRUPTED,
+        contrast: Contrast | None = None,
     ) -> "Study":
         """Make a study, after checking everything that can be checked without a sweep.
 
@@ -120,7 +117,7 @@ class Study:
             about: metadata about the parts, to store with the results.
             pairs: the clean and corrupted prompts.
             options: the other arguments of the ranking.
-            contrast: the choice of base and source runs.
+            contrast: the choice of base and source runs; None for those of the pairs.
 
         Raises:
             FeatpatchError: if the input is unusable.
@@ -130,11 +127,11 @@ class Study:
         if noise is not None and not isinstance(noise, Noise):
             raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
         check_numbers(1, batch_rows=1 if batch_rows is None else batch_rows)
-        alone = noise is not None or contrast.everywhere
+        alone = noise is not None or contrast is not None
         known = check_pairs(pairs, by_label=True) if alone else check_counterfactual(pairs, by_label=True)
         readings = readings_of(read, known, lens)
         wanted = [spans(pair, options.positions) for pair in pairs]
-        if noise is None and not contrast.everywhere and lens.causal and "nodes" not in about:  # named nodes always have rows
+        if not alone and lens.causal and "nodes" not in about:  # named nodes always have rows
             _warn_of_the_unchanged(pairs, wanted)
         hooks = sorted({hook for part in parts for hook in part.hooks})
         layers = sorted({layer for part in parts for layer in part.layers})
@@ -372,7 +369,7 @@ def _metadata(
         **provenance(runner.lens, runner.pairs),
         "unit": "gap" if runner.noise is not None or runner.pairs.has_counterfactual else "metric",
         **about,
-        **runner.contrast.about(),
+        **({} if runner.contrast is None else runner.contrast.about()),
         **({} if runner.noise is None else {"noise": runner.noise.about()}),
         "finished": True,
     }

@@ -17,7 +17,7 @@ from featpatch.patching.changes import Part
 from featpatch.patching.joint import node_study
 from featpatch.patching.noise import Noise
 from featpatch.patching.runs import Contrast, Metrics
-from featpatch.patching.study import CLEAN_AND_CORRUPTED, Options
+from featpatch.patching.study import Options
 
 
 def rank_nodes(
@@ -86,8 +86,8 @@ def rank_nodes(
     """
     lens, way = wrap(model), directions
 
-    def contrast(parts: Sequence[Part]) -> Contrast:
-        return CLEAN_AND_CORRUPTED if to is None else ablation(lens, parts, check_pairs(pairs), reference, to, seed)
+    def contrast(parts: Sequence[Part]) -> Contrast | None:
+        return None if to is None else ablation(lens, parts, check_pairs(pairs), reference, to, seed)
 
     if to is not None:
         way = ["noising"] if directions is DIRECTIONS else directions

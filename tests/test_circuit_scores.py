@@ -30,6 +30,7 @@ from featpatch.circuits.attribution import points_of
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import NodeGraph
+from featpatch.model import facts
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.runs import readout
 from featpatch.sae.dictionary import dictionaries
@@ -336,3 +337,21 @@ def test_exact_scores_say_their_cost_before_the_start(
     assert said.index(count) < said.index(" left (estimated")
     fp.find_circuit(hooked.model, pairs_of(hooked), **run)
     assert " left (estimated" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["blocks.0.mlp", "unembed"])
+def test_a_hook_attached_after_the_first_call_is_noticed(module: str) -> None:
+    """The comparison of weights with the model is kept between calls, but not if torch hooks change."""
+    small = small_hooked()
+
+    def estimates() -> np.ndarray:
+        return EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff")).estimates()
+
+    first = estimates()
+    handle = small.model.get_submodule(module).register_forward_hook(lambda part, inputs, output: 2 * output)
+    hooked = estimates()
+    facts._known.clear()
+    np.testing.assert_allclose(hooked, estimates(), atol=1e-12)
+    assert np.abs(hooked - first).max() > 0.1 * np.abs(first).max()
+    handle.remove()
+    np.testing.assert_array_equal(estimates(), first)

@@ -32,6 +32,7 @@ from featpatch.circuits.edge_runs import COMPARED, EdgeRuns, Run
 from featpatch.circuits.graph import announcing
 from featpatch.errors import FeatpatchError
 from featpatch.model.backward import modified, under
+from featpatch.model.facts import forward_hooks, once
 from featpatch.model.layer import Head, close, head_from
 from featpatch.model.projections import rounding
 from featpatch.nodes import Edge, Node
@@ -182,10 +183,14 @@ class EdgeGraph(EdgeRuns):
     def _head(self) -> Head | None:
         """The map to logits as in the model's weights; None if the model's logits differ from it, e.g. by a scale (Cohere)."""
         found, tokens = head_from(self.lens.model), self._sample()[:1, :COMPARED]
-        drawn = torch.randn(*tokens.shape, self.lens.d_model, generator=torch.Generator().manual_seed(0))
-        stream = drawn.to(self.lens.first_weight)
-        logits = self.unembedded(stream, tokens, torch.tensor([tokens.shape[1] - 1]))
-        return found if close(found(stream[:, -1], None), logits) else None
+
+        def compare(_: torch.nn.Module) -> bool:
+            drawn = torch.randn(*tokens.shape, self.lens.d_model, generator=torch.Generator().manual_seed(0))
+            stream = drawn.to(self.lens.first_weight)
+            logits = self.unembedded(stream, tokens, torch.tensor([tokens.shape[1] - 1]))
+            return close(found(stream[:, -1], None), logits)
+
+        return found if once(self.lens.model, compare, "head", forward_hooks(self.lens.model)) else None
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:

@@ -6,7 +6,7 @@ module's output: a feature whose threshold is NaN is never active, and a token w
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -179,16 +179,18 @@ SAMPLE = 64
 """Number of values of each tensor that are compared before a stored result is used again."""
 
 Found = TypeVar("Found")
-_known: "WeakKeyDictionary[torch.nn.Module, tuple[object, dict[Callable[[torch.nn.Module], Any], Any]]]" = WeakKeyDictionary()
+_known: "WeakKeyDictionary[torch.nn.Module, tuple[object, dict[Hashable, Any]]]" = WeakKeyDictionary()
 
 
 def digest(module: torch.nn.Module) -> str:
     """Hash the names, types, shapes and bytes of a module's state, which takes about half a second per gigabyte."""
-    return once(_hashed, module)
+    return once(module, _hashed)
 
 
-def once(find: Callable[[torch.nn.Module], Found], module: torch.nn.Module) -> Found:
+def once(module: torch.nn.Module, find: Callable[[torch.nn.Module], Found], *about: Hashable) -> Found:
     """Call a function on a module, or return its earlier result if the module's weights have not changed.
+
+    Results are kept under `about`, or under the function itself if nothing is given.
 
     Weights count as unchanged if every tensor is at the same address, has the same number of in-place changes (torch counts
     them) and holds the same numbers at `SAMPLE` places.
@@ -198,10 +200,16 @@ def once(find: Callable[[torch.nn.Module], Found], module: torch.nn.Module) -> F
     known = _known.get(module)
     if known is None or known[0] != marks:
         known = _known[module] = (marks, {})
-    if find not in known[1]:
-        known[1][find] = find(module)
-    result: Found = known[1][find]
+    key = about or find
+    if key not in known[1]:
+        known[1][key] = find(module)
+    result: Found = known[1][key]
     return result
+
+
+def forward_hooks(module: torch.nn.Module) -> tuple[int, ...]:
+    """Return torch's ids of all forward hooks of a module and its parts, by which a change of hooks is noticed."""
+    return tuple(hook for part in module.modules() for hook in (*part._forward_pre_hooks, *part._forward_hooks))
 
 
 def _hashed(module: torch.nn.Module) -> str:
@@ -235,7 +243,7 @@ def check_finite(what: str, source: Any) -> None:
         FeatpatchError: a weight holds NaN or an infinite value, or a buffer holds NaN.
     """
     if isinstance(source, torch.nn.Module):
-        parts: Iterator[str] = iter(once(_damaged, source))
+        parts: Iterator[str] = iter(once(source, _damaged))
     else:
         own = source if isinstance(source, Mapping) else getattr(source, "__dict__", {})
         for value in own.values():

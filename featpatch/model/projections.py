@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from featpatch import sites
 from featpatch.model.backward import LIVE, Rules, attend, under
+from featpatch.model.facts import forward_hooks, once
 from featpatch.model.layer import Layer, Norm, UnsupportedError, close, norm_of
 from featpatch.model.lens import Lens
 
@@ -216,7 +217,8 @@ def projections_of(
 
     Args:
         tokens: prompts on which the projections, attention and MLPs are compared with the model.
-        compared: the number of first tokens that are compared; by default, and if attention has a window, all of them.
+        compared: the number of first tokens that are compared; by default, and if attention has a window, all of them. The
+            comparison is made once for prompts of a length, until weights or hooks change.
     """
     length = tokens.shape[1]
     try:
@@ -227,14 +229,17 @@ def projections_of(
         tokens = tokens[:, :compared]
     names = ["resid_pre", *INSIDE, "z", "attn_out", *(() if lens.attention_only else ("mlp_out",))]
     hooks = [[sites.component(layer, name) for name in names] for layer in range(len(layers))]
-    read = lens.read(tokens, [hook for of_layer in hooks for hook in of_layer])
-    found = []
-    for layer, of_layer in zip(layers, hooks, strict=True):
-        made = _split(layer, *(read[hook].shape[2] for hook in of_layer[1:5]))
-        if not _gives(made, [read[hook] for hook in of_layer]):
-            return None
-        found.append(made)
-    return found
+
+    def compare(_: torch.nn.Module) -> list[list[int]] | None:
+        """Return the numbers of queries, keys, values and outputs of each layer if the projections give the activations."""
+        read = lens.read(tokens, [hook for of_layer in hooks for hook in of_layer])
+        counts = [[read[hook].shape[2] for hook in of_layer[1:5]] for of_layer in hooks]
+        parts = zip(layers, counts, hooks, strict=True)
+        same = all(_gives(_split(layer, *heads), [read[hook] for hook in of_layer]) for layer, heads, of_layer in parts)
+        return counts if same else None
+
+    counts = once(lens.model, compare, "projections", *tokens.shape, length, forward_hooks(lens.model))
+    return None if counts is None else [_split(layer, *heads) for layer, heads in zip(layers, counts, strict=True)]
 
 
 def _split(layer: Layer, queries: int, keys: int, values: int, outputs: int) -> Projections:

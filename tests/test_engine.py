@@ -213,8 +213,7 @@ def test_a_run_goes_on_from_its_journal(small: Small, monkeypatch: pytest.Monkey
     whole = rank(small, batch_rows=20)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
-        with pytest.raises(KeyboardInterrupt):
-            rank(small, batch_rows=20, journal=tmp_path / "journal")
+        assert not rank(small, batch_rows=20, journal=tmp_path / "journal").finished
     logits, calls = SuffixPath.logits, [0]
 
     def counted(path: SuffixPath, units: Any, columns: Any) -> Any:

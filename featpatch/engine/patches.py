@@ -11,9 +11,11 @@ from the first changed one to the answer. In the last layer, after the keys and 
 left.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +23,8 @@ from jaxtyping import Bool, Float, Int
 from featpatch import sites
 from featpatch.model.lens import added
 from featpatch.nodes import Combine
+
+Key = TypeVar("Key", bound=Hashable)
 
 NEVER = torch.iinfo(torch.int64).max
 """The first changed position of a patch that changes nothing."""
@@ -82,9 +86,10 @@ class Deltas:
         rows = (self.position <= position).nonzero()[:, 0]
         return self._keep(rows, self.patches, self.patch[rows])
 
-    def values(self) -> Float[torch.Tensor, "rows d"]:
-        """Return the change that each row makes."""
-        return self.coefficient[:, None] * self.directions[self.direction.to(self.directions.device)]
+    def values(self, rows: Int[torch.Tensor, " some"] | None = None) -> Float[torch.Tensor, "some d"]:
+        """Return the change that each row makes, or each of some rows."""
+        kept = self if rows is None else self._keep(rows, self.patches, self.patch[rows])
+        return kept.coefficient[:, None] * kept.directions[kept.direction.to(kept.directions.device)]
 
     def dense(self, length: int) -> Float[torch.Tensor, "patches pos d"]:
         """Return the changes of all patches at positions 0 to `length` - 1, zero where a patch changes nothing."""
@@ -126,7 +131,7 @@ class BaseRun:
     clean: "BaseRun | None" = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """A block of patches, all of one base run and at the same hook points (not a transformer layer).
 
@@ -194,145 +199,134 @@ The names are `pre` for the residual stream `[pos, d_model]` at the input of the
 """
 
 
-@dataclass(frozen=True)
-class Span:
-    """The rows of units of one base run with the same first position, which share attention.
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """The rows of a batch of units: unit by unit, patch by patch, position by position from the first changed to the answer.
 
-    There is a copy of the run's positions `first` to `answer` for each patch.
-    """
-
-    trace: Trace
-    units: Sequence[Unit]
-    first: int
-    answer: int
-
-    @property
-    def patches(self) -> int:
-        """The number of patches."""
-        return sum(len(unit.patches) for unit in self.units)
-
-    @property
-    def length(self) -> int:
-        """The number of positions of one patch."""
-        return self.answer - self.first + 1
-
-    @property
-    def rows(self) -> int:
-        """The number of rows of all patches."""
-        return self.patches * self.length
-
-    def base(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the base run's values at the span's positions for every patch, as a copy that can be written to."""
-        part = values[self.first : self.answer + 1]
-        return part.expand(self.patches, *part.shape).clone()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of the matrix.
+    Row numbers are on the CPU.
 
     Attributes:
-        spans: the spans that make up the matrix.
-        sizes: the number of these rows in each span; they are sorted by span.
-        patch, position: the patch within its span and the token position of each row, on the CPU.
+        units: the units.
+        traces: the traces of their base runs.
     """
 
-    spans: Sequence[Span]
-    sizes: Sequence[int]
-    patch: Int[torch.Tensor, " rows"]
-    position: Int[torch.Tensor, " rows"]
+    units: Sequence[Unit]
+    traces: Mapping[BaseRun, Trace]
 
-    def number(self, *, answer_only: bool) -> Int[torch.Tensor, " rows"]:
-        """Return the number of each row in the matrix, or in the matrix that holds only answer rows."""
-        lengths = [1 if answer_only else span.length for span in self.spans]
-        starts = torch.tensor([0, *(s.patches * n for s, n in zip(self.spans, lengths, strict=True))]).cumsum(0)[:-1]
-        firsts = torch.tensor([span.answer if answer_only else span.first for span in self.spans])
-        sizes = torch.tensor(self.sizes)
-        start, length, first = (each.repeat_interleave(sizes) for each in (starts, torch.tensor(lengths), firsts))
-        return start + self.patch * length + self.position - first
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The number of patches of each unit."""
+        return [len(unit.patches) for unit in self.units]
 
-    def find(self, some: "Rows") -> Int[torch.Tensor, " rows"]:
-        """Return where some of these rows are among them; unless they are the same, these must be sorted, as in `union`."""
-        if some is self:
-            return torch.arange(len(self.position))
-        return torch.searchsorted(self.number(answer_only=False), some.number(answer_only=False))
+    @cached_property
+    def groups(self) -> list[tuple[int, int, list[tuple[Trace, int]]]]:
+        """The adjacent units that share attention: first and last position, and each base run's trace with its patches."""
+        found: list[tuple[int, int, list[tuple[Trace, int]]]] = []
+        for unit, size in zip(self.units, self.sizes, strict=True):
+            ends, trace = (unit.first, unit.block.run.answer), self.traces[unit.block.run]
+            if not found or found[-1][:2] != ends:
+                found.append((*ends, []))
+            runs = found[-1][2]
+            if runs and runs[-1][0] is trace:
+                size += runs.pop()[1]
+            runs.append((trace, size))
+        return found
 
-    def keep(self, some: torch.Tensor) -> "Rows":
-        """Return the rows for which a mask is True."""
-        sizes = [int(part.sum()) for part in some.split([*self.sizes])]
-        return Rows(self.spans, sizes, self.patch[some], self.position[some])
+    @cached_property
+    def starts(self) -> Int[torch.Tensor, " patches"]:
+        """The row that position 0 of each patch would have: the patch's row at position p is this plus p."""
+        return self.ends - self._of_patches(unit.block.run.answer for unit in self.units)
 
-    @classmethod
-    def union(cls, some: "Sequence[Rows]") -> "Rows":
-        """Return the rows that are in any of some sets of rows of one matrix, each once and sorted."""
-        spans = some[0].spans
-        numbers = torch.cat([rows.number(answer_only=False) for rows in some]).unique()
-        ends = torch.tensor([span.rows for span in spans]).cumsum(0)
-        sizes = torch.searchsorted(numbers, ends).diff(prepend=torch.tensor([0])).tolist()
-        patch, position, start = [], [], 0
-        for span, part in zip(spans, numbers.split(sizes), strict=True):
-            patch.append((part - start) // span.length)
-            position.append((part - start) % span.length + span.first)
-            start += span.rows
-        return cls(spans, sizes, torch.cat(patch), torch.cat(position))
+    @cached_property
+    def ends(self) -> Int[torch.Tensor, " patches"]:
+        """The answer row of each patch."""
+        return self._lengths.cumsum(0) - 1
 
-    def base(self, layer: int, name: str) -> torch.Tensor:
-        """Return the base runs' values in these rows, see `Trace`."""
-        values = [span.trace[layer, name] for span in self.spans]
-        places = self.position.split([*self.sizes])
-        return torch.cat([of_span[place.to(of_span.device)] for of_span, place in zip(values, places, strict=True)])
+    @cached_property
+    def positions(self) -> Int[torch.Tensor, " rows"]:
+        """The token position of each row."""
+        return torch.arange(int(self._lengths.sum())) - self.starts.repeat_interleave(self._lengths)
 
+    @cached_property
+    def _lengths(self) -> Int[torch.Tensor, " patches"]:
+        return self._of_patches(unit.block.run.answer - unit.first + 1 for unit in self.units)
 
-@dataclass(frozen=True)
-class Changes:
-    """The changes that patches make at one hook point, `delta[r]` in row r of `rows`."""
+    @cached_property
+    def _base_rows(self) -> Int[torch.Tensor, " rows"]:
+        """The row of each row's base value if the traces are put one after the other."""
+        lengths = [len(run.tokens) for run in self.traces]
+        before = dict(zip(self.traces, accumulate(lengths, initial=0), strict=False))
+        return self.positions + self._of_patches(before[u.block.run] for u in self.units).repeat_interleave(self._lengths)
 
-    site: str
-    combine: Combine
-    rows: Rows
-    delta: Float[torch.Tensor, "rows d"]
+    def _of_patches(self, of_units: Iterable[int]) -> Int[torch.Tensor, " patches"]:
+        return torch.tensor([*of_units]).repeat_interleave(torch.tensor(self.sizes))
 
-    @classmethod
-    def of(cls, spans: Sequence[Span], site: str, combine: Combine) -> "Changes":
-        """Collect the changes at a hook point from those patches whose changes have this meaning."""
-        found, patch, sizes = [], [], []
-        for span in spans:
-            before, size = 0, 0
-            for unit in span.units:
-                if site in unit.block.deltas and unit.block.combine == combine:
-                    deltas = unit.deltas(site).upto(span.answer)
-                    found.append(deltas)
-                    patch.append(deltas.patch + before)
-                    size += len(deltas.patch)
-                before += len(unit.patches)
-            sizes.append(size)
-        values = [deltas.values() for deltas in found]
-        delta = torch.cat([each.to(values[0].device) for each in values])
-        return cls(site, combine, Rows(spans, sizes, torch.cat(patch), torch.cat([d.position for d in found])), delta)
+    def base(self, layer: int, name: str, rows: Int[torch.Tensor, " some"] | None = None) -> torch.Tensor:
+        """Return the base runs' values in some rows, by default in all, as a copy; see `Trace`."""
+        values = torch.cat([trace[layer, name] for trace in self.traces.values()])
+        return values[(self._base_rows if rows is None else self._base_rows[rows]).to(values.device)]
 
-    def at_answer(self) -> "Changes":
-        """Return the changes of the answer rows alone."""
-        ends = torch.tensor([span.answer for span in self.rows.spans]).repeat_interleave(torch.tensor(self.rows.sizes))
-        some = self.rows.position == ends
-        return replace(self, rows=self.rows.keep(some), delta=self.delta[some.to(self.delta.device)])
+    def inserted(self, layer: int, name: str, rows: Int[torch.Tensor, " some"], values: torch.Tensor) -> torch.Tensor:
+        """Return the base runs' values in all rows, with other values in some of them."""
+        whole = self.base(layer, name)
+        whole[rows.to(whole.device)] = values
+        return whole
 
-    def apply(self, x: torch.Tensor, at: Int[torch.Tensor, " rows"], before: torch.Tensor | None) -> None:
-        """Make the changes in a matrix.
+    def changes(self, site: str, combine: Combine) -> "Changes":
+        """Return the changes at a hook point of the patches whose changes have this meaning."""
+        rows, values, patches = [], [], torch.arange(len(self.ends)).split(self.sizes)
+        for block, numbers in alike(unit.block for unit in self.units).items():
+            if site in block.deltas and block.combine == combine:
+                deltas, patch = block.deltas[site], torch.full((len(block),), -1)
+                patch[torch.cat([self.units[n].patches for n in numbers])] = torch.cat([patches[n] for n in numbers])
+                here = patch[deltas.patch]
+                some = ((here >= 0) & (deltas.position <= block.run.answer)).nonzero()[:, 0]
+                rows.append(self.starts[here[some]] + deltas.position[some])
+                values.append(deltas.values(some))
+        return Changes(site, combine, torch.cat(rows), torch.cat([each.to(values[0].device) for each in values]))
+
+    def at_answer(self, changes: "Changes") -> tuple["Changes", Int[torch.Tensor, " some"]]:
+        """Return the changes of the answer rows alone, and the patch of each."""
+        patch = torch.searchsorted(self.ends, changes.rows)
+        some = self.ends[patch] == changes.rows
+        return replace(changes, rows=changes.rows[some], delta=changes.delta[some.to(changes.delta.device)]), patch[some]
+
+    def change(self, changes: "Changes", x: torch.Tensor, at: torch.Tensor, before: torch.Tensor | None) -> None:
+        """Make changes in an activation.
 
         Args:
+            changes: the changes.
             x: the activation, or the residual stream after it has been added; it is changed in place.
-            at: the row of the matrix for each row of the changes.
+            at: the row of `x` for each row of the changes.
             before: the residual stream before the activation was added; None if it is that of the base run.
         """
         at = at.to(x.device)
         value = x[at]
-        if self.combine == "set":
-            layer, place = entry(self.site)
-            value = self.rows.base(layer, place).to(x.device)
-            if before is not None and not sites.is_stream(self.site) and place != "z":
+        if changes.combine == "set":
+            layer, place = entry(changes.site)
+            value = self.base(layer, place, changes.rows).to(x.device)
+            if before is not None and not sites.is_stream(changes.site) and place != "z":
                 earlier = (layer, "pre") if place == "mid" else (layer - 1, "mid")
-                value = before[at] + (value - self.rows.base(*earlier).to(x.device))
-        x[at] = added(value, self.delta)
+                value = before[at] + (value - self.base(*earlier, changes.rows).to(x.device))
+        x[at] = added(value, changes.delta)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The changes that patches make at one hook point, `delta[r]` in row `rows[r]` of the matrix."""
+
+    site: str
+    combine: Combine
+    rows: Int[torch.Tensor, " rows"]
+    delta: Float[torch.Tensor, "rows d"]
+
+
+def alike(keys: Iterable[Key]) -> dict[Key, list[int]]:
+    """Return the numbers of the items that have each key."""
+    found: dict[Key, list[int]] = {}
+    for number, key in enumerate(keys):
+        found.setdefault(key, []).append(number)
+    return found
 
 
 def entering(units: Sequence[Unit]) -> dict[Entry, list[tuple[str, Combine]]]:

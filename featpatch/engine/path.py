@@ -9,7 +9,7 @@ position, so it also serves models with bidirectional attention, and hook points
 """
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -21,7 +21,7 @@ from torch.nn import functional
 from featpatch import sites
 from featpatch.engine.cost import plain_flops
 from featpatch.engine.patches import BaseRun, Block, Deltas, Unit
-from featpatch.engine.suffix import SuffixPath
+from featpatch.engine.suffix import Columns, SuffixPath
 from featpatch.errors import FeatpatchError, FeatpatchWarning
 from featpatch.model.layer import UnsupportedError, product_rounding
 from featpatch.model.lens import Edit, Lens, added
@@ -46,18 +46,18 @@ class PlainPath:
         """Return the floating-point operations of the unit's matrix products; all logits are computed, whatever is read."""
         return plain_flops(self.lens, unit)
 
-    def prepare(self, runs: Sequence[BaseRun]) -> None:
+    def prepare(self, runs: Iterable[BaseRun]) -> None:
         """Do nothing, because this path keeps nothing of the base runs."""
 
     @torch.no_grad()
-    def baseline(self, run: BaseRun, columns: Sequence[int] | None) -> Float[torch.Tensor, "1 columns"]:
+    def baseline(self, run: BaseRun, columns: Columns) -> Float[torch.Tensor, "1 columns"]:
         """Return the logits of the base run at its answer position."""
         layer = min(run.resid)
         tokens, answers = run.tokens[None].to(self.lens.device), torch.tensor([run.answer], device=self.lens.device)
         return _columns(self.lens.resume(layer, run.resid[layer][None].clone(), tokens, answers), columns)
 
     @torch.no_grad()
-    def logits(self, units: Sequence[Unit], columns: Sequence[Sequence[int] | None]) -> list[Float[torch.Tensor, "_ _"]]:
+    def logits(self, units: Sequence[Unit], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
         """Return the logits of every patch at its answer position; all units must be of one group."""
         hooks, combine, length = self.group(units[0].block)
         layer, base = min(map(sites.layer_of, hooks)), int(combine == "set")
@@ -114,7 +114,7 @@ class PlainPath:
         return change
 
 
-def _columns(logits: torch.Tensor, columns: Sequence[int] | None) -> torch.Tensor:
+def _columns(logits: torch.Tensor, columns: Columns) -> torch.Tensor:
     return logits if columns is None else logits[:, list(columns)]
 
 
@@ -143,15 +143,15 @@ class PatchPath(Protocol):
         """Return the floating-point operations of the unit's matrix products, if `columns` logits are read."""
         ...
 
-    def prepare(self, runs: Sequence[BaseRun]) -> None:
+    def prepare(self, runs: Iterable[BaseRun]) -> None:
         """Compute what the patches of these base runs share."""
         ...
 
-    def baseline(self, run: BaseRun, columns: Sequence[int] | None) -> Float[torch.Tensor, "1 columns"]:
+    def baseline(self, run: BaseRun, columns: Columns) -> Float[torch.Tensor, "1 columns"]:
         """Return the logits of the base run at its answer position."""
         ...
 
-    def logits(self, units: Sequence[Unit], columns: Sequence[Sequence[int] | None]) -> list[Float[torch.Tensor, "_ _"]]:
+    def logits(self, units: Sequence[Unit], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
         """Return the logits of every patch at its answer position; all units must be of one group."""
         ...
 

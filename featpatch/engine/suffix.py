@@ -18,17 +18,16 @@ The base run's part is one matrix product per head for all patches; none of it i
 A patch at several hook points enters at the lowest of them; the pass makes the other changes on its way up.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
+from itertools import accumulate
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 
 from featpatch.engine.cost import suffix_flops
-from featpatch.engine.patches import BaseRun, Block, Changes, Entry, Rows, Span, Trace, Unit, entering, entry
+from featpatch.engine.patches import BaseRun, Block, Entry, Matrix, Trace, Unit, alike, entering, entry
 from featpatch.model.layer import Layer, Stack, soft_capped
 from featpatch.model.lens import Lens
 from featpatch.nodes import Combine
@@ -41,8 +40,7 @@ def attend(
     q: Float[torch.Tensor, "patches queries heads d_head"],
     k: Float[torch.Tensor, "patches own kv_heads d_head"],
     v: Float[torch.Tensor, "patches own kv_heads d_head"],
-    base_k: BaseHeads,
-    base_v: BaseHeads,
+    bases: Sequence[tuple[int, BaseHeads, BaseHeads]] = (),
 ) -> Float[torch.Tensor, "patches queries width"]:
     """Return the output of attention before W_O, with heads side by side.
 
@@ -52,16 +50,19 @@ def attend(
     Args:
         layer: the layer.
         q, k, v: the queries, keys and values of the patched positions.
-        base_k, base_v: the keys and values of the base run at the positions before.
+        bases: for each base run, in order, the number of its patches, and its keys and values at the positions before.
     """
     patches, queries, heads, width = q.shape
-    own, kv_heads, prefix = k.shape[1], k.shape[2], base_k.shape[0]
+    own, kv_heads, prefix = k.shape[1], k.shape[2], len(bases[0][1]) if bases else 0
+    ends = accumulate(size for size, _, _ in bases)
+    each = [(slice(end - of[0], end), of[1], of[2]) for of, end in zip(bases, ends, strict=True)] if prefix else []
     group = heads // kv_heads
     rows = q.unflatten(2, (kv_heads, group)).permute(2, 0, 3, 1, 4).reshape(kv_heads, patches, group * queries, width)
     k, v = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
     scores = rows.new_empty(kv_heads, patches, group * queries, prefix + own)
-    if prefix:
-        scores[..., :prefix] = (rows.flatten(1, 2) @ base_k.permute(1, 2, 0)).view(kv_heads, patches, -1, prefix)
+    for some, base_k, _ in each:
+        of_base = rows[:, some].flatten(1, 2) @ base_k.permute(1, 2, 0)
+        scores[:, some, :, :prefix] = of_base.unflatten(1, (-1, group * queries))
     scores[..., prefix:] = rows @ k.transpose(-1, -2)
     scores = soft_capped(scores.mul_(layer.scale), layer.softcap)
     unseen = layer.unseen(queries, prefix + own)
@@ -70,12 +71,13 @@ def attend(
     wide = scores.dtype if scores.dtype in (torch.float32, torch.float64) else torch.float32
     pattern = torch.softmax(scores, -1, dtype=wide).to(v.dtype)
     z = pattern[..., prefix:] @ v
-    if prefix:
-        z += (pattern[..., :prefix].flatten(1, 2) @ base_v.transpose(0, 1)).view_as(z)
+    for some, _, base_v in each:
+        of_base = pattern[:, some, :, :prefix].flatten(1, 2) @ base_v.transpose(0, 1)
+        z[:, some] += of_base.unflatten(1, (-1, group * queries))
     return z.unflatten(2, (group, queries)).permute(1, 3, 0, 2, 4).reshape(patches, queries, heads * width)
 
 
-Columns = Sequence[int] | None
+Columns = tuple[int, ...] | None
 """Token ids whose logits are needed, or None for the whole vocabulary."""
 
 
@@ -108,24 +110,27 @@ class SuffixPath:
 
     def baseline(self, run: BaseRun, columns: Columns) -> Float[torch.Tensor, "1 columns"]:
         """Return the logits of the base run at its answer position."""
-        trace = self._trace(run)
-        return self.stack.head(trace[len(self.stack.layers), "pre"][run.answer, None], self._ids(columns))
+        self.prepare([run])
+        final = self.traces[run][len(self.stack.layers), "pre"]
+        return self.stack.head(final[run.answer, None], self._ids(columns))
 
     def logits(self, units: Sequence[Unit], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
         """Return the logits of every patch at its answer position; all units must be of one group."""
-        by_span = groupby(units, key=lambda unit: (unit.block.run, unit.first))
-        spans = [Span(self._trace(run), [*some], first, run.answer) for (run, first), some in by_span]
+        self.prepare(dict.fromkeys(unit.block.run for unit in units))
+        matrix = Matrix(units, {unit.block.run: self.traces[unit.block.run] for unit in units})
         hooks = entering(units)
-        layer, rows, x = self._enter(self.group(units[0].block), spans, hooks)
-        final = self._at_answer(rows, x) if layer == len(self.stack.layers) else self._run(layer, rows, x, hooks)
-        found: list[torch.Tensor] = []
-        alike = [[*group] for _, group in groupby(zip(units, columns, strict=True), key=itemgetter(1))]
-        sizes = [[len(unit.patches) for unit, _ in group] for group in alike]
-        for group, parts, x in zip(alike, sizes, final.split([sum(parts) for parts in sizes]), strict=True):
-            found += self.stack.head(x, self._ids(group[0][1])).split(parts)
+        layer, rows, x = self._enter(self.group(units[0].block), matrix, hooks)
+        final = self._run(layer, rows, x, matrix, hooks)
+        found = [final] * len(units)
+        patches = torch.arange(len(final)).split(matrix.sizes)
+        for wanted, numbers in alike(columns).items():
+            some = torch.cat([patches[number] for number in numbers]).to(final.device)
+            logits = self.stack.head(final[some], self._ids(wanted)).split([matrix.sizes[number] for number in numbers])
+            for number, of_unit in zip(numbers, logits, strict=True):
+                found[number] = of_unit
         return found
 
-    def prepare(self, runs: Sequence[BaseRun]) -> None:
+    def prepare(self, runs: Iterable[BaseRun]) -> None:
         """Run the base runs together, from the lowest layer at which patches enter, and keep their traces."""
         groups: dict[int, list[BaseRun]] = {}
         for run in runs:
@@ -142,7 +147,7 @@ class SuffixPath:
                 y = layer.attention_input(x)
                 q, (k, v) = layer.queries(y, positions), layer.keys_values(y, positions)
                 z = torch.cat(
-                    [attend(layer, a[None], b[None], c[None], b[:0], c[:0])[0]
+                    [attend(layer, a[None], b[None], c[None])[0]
                      for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)]
                 )  # fmt: skip
                 mid = x + layer.attention_output(z)
@@ -158,65 +163,62 @@ class SuffixPath:
     def _ids(self, columns: Columns) -> torch.Tensor | None:
         return None if columns is None else torch.tensor(columns, device=self.stack.head.weight.device)
 
-    def _trace(self, run: BaseRun) -> Trace:
-        self.prepare([run])
-        return self.traces[run]
-
-    def _enter(self, place: Entry, spans: Sequence[Span], hooks: Hooks) -> tuple[int, Rows, torch.Tensor]:
+    def _enter(self, place: Entry, matrix: Matrix, hooks: Hooks) -> tuple[int, torch.Tensor, torch.Tensor]:
         """Make the changes before the first layer with attention; return its index, the changed rows, and its input there."""
         index, first = place
         start = index if first == "pre" else index + 1
         places = [place] if first == "pre" else [(index, "z"), (index, "mid"), (start, "pre")]
-        moved = {each: [Changes.of(spans, *patched) for patched in hooks.get(each, ())] for each in places}
-        every = [one.rows for each in moved.values() for one in each]
-        rows = every[0] if len(every) == 1 else Rows.union(every)
+        entering = {each: [matrix.changes(*patched) for patched in hooks.get(each, ())] for each in places}
+        every = [changes.rows for each in entering.values() for changes in each]
+        rows = every[0] if len(every) == 1 else torch.cat(every).unique()
 
         def make(x: torch.Tensor, at: Entry, before: torch.Tensor | None) -> torch.Tensor:
-            for one in moved[at]:
-                one.apply(x, rows.find(one.rows), before)
+            for changes in entering[at]:
+                alone = changes.rows is rows
+                matrix.change(changes, x, torch.arange(len(rows)) if alone else torch.searchsorted(rows, changes.rows), before)
             return x
 
-        pre = rows.base(index, "pre")
+        pre = matrix.base(index, "pre", rows)
         if first == "pre":
             x = make(pre, place, None)
         else:
-            layer, mid = self.stack.layers[index], rows.base(index, "mid")
-            if moved[index, "z"]:
-                z = rows.base(index, "z")
+            layer, mid = self.stack.layers[index], matrix.base(index, "mid", rows)
+            if entering[index, "z"]:
+                z = matrix.base(index, "z", rows)
                 mid = pre + layer.attention_output(make(z, (index, "z"), None))
             mid = make(mid, (index, "mid"), pre)
-            here = mid.device  # the next layer may be on another device
-            out = rows.base(start, "pre").to(here) - rows.base(index, "mid") if layer.parallel else layer.mlp_output(mid)
-            x = make(mid + out, (start, "pre"), mid)
-        return start, rows, x.to(spans[0].trace[start, "pre"].device)
+            here, after = mid.device, matrix.base(start, "pre", rows)  # the next layer may be on another device
+            out = after.to(here) - matrix.base(index, "mid", rows) if layer.parallel else layer.mlp_output(mid)
+            x = make(mid + out, (start, "pre"), mid).to(after.device)
+        return start, rows, x
 
-    def _run(self, start: int, rows: Rows, x: torch.Tensor, hooks: Hooks) -> torch.Tensor:
-        """Return the final residual stream `[patches of all spans, d_model]` at the answer position.
+    def _run(self, start: int, rows: torch.Tensor, x: torch.Tensor, matrix: Matrix, hooks: Hooks) -> torch.Tensor:
+        """Return the final residual stream `[patches, d_model]` at the answer position.
 
         Args:
-            start: the first layer.
+            start: the first layer with attention; the number of layers if there is none.
             rows: the rows of its input that are changed.
             x: the residual stream in these rows.
+            matrix: all rows.
             hooks: the hook points at which changes enter.
         """
-        last, spans = len(self.stack.layers) - 1, rows.spans
+        last = len(self.stack.layers) - 1
+        if start > last:
+            return matrix.inserted(start, "pre", rows, x)[matrix.ends.to(x.device)]
 
         def change(x: torch.Tensor, place: Entry, before: torch.Tensor) -> None:
             for patched in hooks.get(place, ()):
-                changes = Changes.of(spans, *patched)
-                changes = changes.at_answer() if ends else changes
-                changes.apply(x, changes.rows.number(answer_only=ends), before)
+                changes = matrix.changes(*patched)
+                changes, at = matrix.at_answer(changes) if ends else (changes, changes.rows)
+                matrix.change(changes, x, at, before)
 
-        x, heads = self._first(start, rows, x, answer_only=start == last)
         for index in range(start, last + 1):
             layer, ends = self.stack.layers[index], index == last
-            if index > start:
-                x, heads = self._next(index, spans, x, answer_only=ends)
-            parts = [
-                attend(layer, q, k, v, span.trace[index, "key"][: span.first], span.trace[index, "value"][: span.first])
-                for span, (q, k, v) in zip(spans, heads, strict=True)
-            ]
-            z = torch.cat([part.flatten(0, 1) for part in parts])
+            if index == start:
+                x, q, k, v = self._first(index, rows, x, matrix, answer_only=ends)
+            else:
+                x, q, k, v = self._next(index, x, matrix, answer_only=ends)
+            z = self._attention(index, q, k, v, matrix)
             change(z, (index, "z"), z)
             mid = x + layer.attention_output(z)
             change(mid, (index, "mid"), x)
@@ -225,53 +227,41 @@ class SuffixPath:
         return x
 
     def _first(
-        self, index: int, rows: Rows, x: torch.Tensor, *, answer_only: bool
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-        """Return the residual stream, queries, keys and values of the base run with the changed rows `x` inserted."""
-        layer, sizes = self.stack.layers[index], [*rows.sizes]
-        y, patch, position = layer.attention_input(x), rows.patch.to(x.device), rows.position.to(x.device)
-        fresh = (x, layer.queries(y, position), *layer.keys_values(y, position))
-        stream, heads = [], []
-        for span, patches, positions, *values in zip(
-            rows.spans, *(part.split(sizes) for part in (patch, position, *fresh)), strict=True
-        ):
-            at = (patches, positions - span.first)
-            parts = [
-                span.base(span.trace[index, name]).index_put(at, value)
-                for name, value in zip(("pre", "query", "key", "value"), values, strict=True)
-            ]
-            if answer_only:
-                parts[:2] = [part[:, -1:] for part in parts[:2]]
-            stream.append(parts[0].flatten(0, 1))
-            heads.append((parts[1], parts[2], parts[3]))
-        return torch.cat(stream), heads
+        self, index: int, rows: torch.Tensor, x: torch.Tensor, matrix: Matrix, *, answer_only: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the residual stream, queries, keys and values of the base runs with those of the changed rows inserted.
 
-    def _next(
-        self, index: int, spans: Sequence[Span], x: torch.Tensor, *, answer_only: bool
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-        """Return the residual stream, queries, keys and values of all rows.
-
-        With `answer_only`, the residual stream and queries are those of the answer rows alone.
+        With `answer_only`, the residual stream and queries are those of the answer rows alone, also in `_next`.
         """
-        layer, sizes = self.stack.layers[index], [span.rows for span in spans]
-        x = x.to(layer.device)
-        positions = torch.cat([torch.arange(s.first, s.answer + 1).repeat(s.patches) for s in spans]).to(x.device)
+        layer, position = self.stack.layers[index], matrix.positions[rows].to(x.device)
         y = layer.attention_input(x)
+        changed = (x, layer.queries(y, position), *layer.keys_values(y, position))
+        names = ("pre", "query", "key", "value")
+        x, q, k, v = (matrix.inserted(index, name, rows, values) for name, values in zip(names, changed, strict=True))
+        ends = matrix.ends.to(x.device)
+        return (x[ends], q[ends], k, v) if answer_only else (x, q, k, v)
+
+    def _next(self, index: int, x: torch.Tensor, matrix: Matrix, *, answer_only: bool) -> tuple[torch.Tensor, ...]:
+        """Return the residual stream, queries, keys and values of all rows."""
+        layer = self.stack.layers[index]
+        x = x.to(layer.device)
+        y, positions = layer.attention_input(x), matrix.positions.to(x.device)
         k, v = layer.keys_values(y, positions)
         if answer_only:
-            ends = torch.cat([torch.full((s.patches,), s.length) for s in spans]).cumsum(0).to(x.device) - 1
+            ends = matrix.ends.to(x.device)
             x, y, positions = x[ends], y[ends], positions[ends]
-            q = layer.queries(y, positions).split([span.patches for span in spans])
-        else:
-            q = layer.queries(y, positions).split(sizes)
-        each = zip(spans, q, k.split(sizes), v.split(sizes), strict=True)
-        return x, [tuple(part.unflatten(0, (span.patches, -1)) for part in parts) for span, *parts in each]
+        return x, layer.queries(y, positions), k, v
 
-    def _at_answer(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
-        """Return the final residual stream at the answer position of patches that enter after the last layer, in rows `x`."""
-        final = []
-        parts = (part.split([*rows.sizes]) for part in (rows.patch.to(x.device), rows.position.to(x.device), x))
-        for span, patches, positions, values in zip(rows.spans, *parts, strict=True):
-            whole = span.base(span.trace[len(self.stack.layers), "pre"])
-            final.append(whole.index_put((patches, positions - span.first), values)[:, -1])
-        return torch.cat(final)
+    def _attention(self, index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """Return the output of attention before W_O, `[rows, width]`, for queries of all rows or of the answer rows alone."""
+        found = []
+        row = patch = 0
+        for first, last, runs in matrix.groups:
+            bases = [(size, trace[index, "key"][:first], trace[index, "value"][:first]) for trace, size in runs]
+            size = sum(of_run for of_run, _, _ in bases)
+            rows, patches = slice(row, row + size * (last - first + 1)), slice(patch, patch + size)
+            parts = (q[rows if len(q) == len(k) else patches], k[rows], v[rows])
+            by_patch = [part.unflatten(0, (size, -1)) for part in parts]
+            found.append(attend(self.stack.layers[index], by_patch[0], by_patch[1], by_patch[2], bases).flatten(0, 1))
+            row, patch = rows.stop, patches.stop
+        return torch.cat(found)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from featpatch.engine.journal import Book, batch_key
-from featpatch.engine.patches import NEVER, BaseRun, Block, Unit
+from featpatch.engine.patches import NEVER, BaseRun, Block, Unit, alike
 from featpatch.engine.path import PatchPath
 from featpatch.errors import FeatpatchError
 from featpatch.metrics import Measures
@@ -103,7 +103,7 @@ def units_of(blocks: Sequence[Block], *, causal: bool) -> list[Unit]:
 def batches(path: PatchPath, units: Sequence[Unit], budget: int) -> Iterator[list[Unit]]:
     """Yield batches of units of one group, packed up to the row budget; a unit that exceeds the remaining budget is split."""
     key = {id(unit): path.group(unit.block) for unit in units}
-    order = sorted(units, key=lambda unit: (str(key[id(unit)]), unit.block.run.name, unit.first, unit.index))
+    order = sorted(units, key=lambda unit: (str(key[id(unit)]), unit.first, unit.block.run.name, unit.index))
     for _, group in groupby(order, key=lambda unit: key[id(unit)]):
         batch: list[Unit] = []
         room = budget
@@ -232,11 +232,13 @@ class Sweep:
         if rows <= self.limit or patches == 1:
             try:
                 logits = self.path.logits(batch, [self._columns(unit.block.run) for unit in batch])
-                together = groupby(zip(batch, logits, strict=True), key=lambda part: self._alike(part[0].block.run))
-                groups = [[*parts] for _, parts in together]
-                return torch.cat(
-                    [self._measured(torch.cat([part for _, part in parts]), parts[0][0].block.run) for parts in groups]
-                )
+                values, sizes = [torch.empty(0)] * len(batch), [len(unit.patches) for unit in batch]
+                for numbers in alike(self._alike(unit.block.run) for unit in batch).values():
+                    run = batch[numbers[0]].block.run
+                    measured = self._measured(torch.cat([logits[number] for number in numbers]), run)
+                    for number, part in zip(numbers, measured.split([sizes[n] for n in numbers]), strict=True):
+                        values[number] = part
+                return torch.cat(values)
             except (RuntimeError, MemoryError, FeatpatchError) as error:
                 if not out_of_memory(error):
                     raise

@@ -165,7 +165,7 @@ class Patch:
     """Nodes that are patched together, at one hook point or several.
 
     Attributes:
-        nodes: the nodes, each named once.
+        nodes: the nodes, each named once, as a tuple or a list.
         name: a name for tables; by default the number of nodes is shown.
 
     Examples:
@@ -174,15 +174,14 @@ class Patch:
         3
     """
 
-    nodes: tuple[Node, ...]
+    nodes: Sequence[Node]
     name: str = ""
 
     def __post_init__(self) -> None:
         check_kinds(str, name=self.name)
-        if not isinstance(self.nodes, tuple):
-            raise FeatpatchError(f"nodes={self.nodes!r}: expected a tuple of Node, e.g. Patch((node,))")
-        if not all(isinstance(node, Node) for node in self.nodes):
-            raise FeatpatchError(f"nodes={self.nodes!r}: expected a tuple of Node")
+        if not isinstance(self.nodes, tuple | list) or not all(isinstance(node, Node) for node in self.nodes):
+            raise FeatpatchError(f"nodes={self.nodes!r}: expected a list of Node, e.g. Patch([node])")
+        object.__setattr__(self, "nodes", tuple(self.nodes))
         repeated = [node for node, count in Counter(self.nodes).items() if count > 1]
         if repeated:
             raise FeatpatchError(f"a patch names {repeated[0]} twice: expected each node once; remove the duplicate")

@@ -38,6 +38,9 @@ def test_top_orders_features_by_effect(table: fp.Effects) -> None:
     assert table.top(2, by="degradation").pooled("recovery") == pytest.approx([10 / 28, 16 / 28])
     with pytest.raises(fp.FeatpatchError, match=r"unknown columns 'layer': expected some of site, kind"):
         table.where(layer=1)
+    with pytest.raises(fp.FeatpatchError, match="kind='featur': expected one of feature, error, all_features"):
+        table.top(2, kind="featur")
+    assert len(table.where(kind="head")) == 0
     with pytest.raises(fp.FeatpatchError, match="effect 'strength' is unknown"):
         table.pooled("strength")
 

@@ -675,7 +675,8 @@ def test_padding_is_not_patched(small: Small) -> None:
 def test_do_refuses_padding_without_a_mask(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     _pairs, table, mask = rows(demo, "left")
     node = fp.Node("blocks.1.hook_resid_pre", "activation", position=0)
-    patch = fp.Patch((node,))
+    patch = fp.Patch([node])
+    assert patch == fp.Patch((node,))
     given = {"source": table["clean"], "base": table["corrupted"]}
     with (
         pytest.raises(fp.FeatpatchError, match=r"base has a row .* begins or ends with padding: expected attention_mask="),

@@ -81,12 +81,13 @@ def load(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise FeatpatchError(f"there is no effects file {str(path)!r}: expected a file written by Effects.save; check the path")
+    header: dict[str, str] = {}
     try:
         with safe_open(path, "numpy") as file:
             header = file.metadata() or {}
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if header.get("format") != FORMAT:
-            raise FeatpatchError(f"{str(path)!r} has format {header.get('format')!r}: expected {FORMAT!r}")
+            raise FeatpatchError(f"its format is {header.get('format')!r}: expected {FORMAT!r}")
         if header.pop("sha256", None) != _digest(header, columns):
             raise ValueError("its contents do not match their SHA-256")
         nodes, metadata = nodes_of(read_json(header["nodes"])), read_json(header["metadata"])
@@ -115,8 +116,9 @@ def load(path: Path) -> list[dict[str, Any]]:
             table["spread"] = spread
         return tables
     except (SafetensorError, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+        what = "is damaged" if header.get("format") == FORMAT else "is damaged or holds no effects"
         raise FeatpatchError(
-            f"{str(path)!r} is damaged ({error}): expected a file written by Effects.save; save the effects again"
+            f"{str(path)!r} {what} ({error}): expected a file written by Effects.save; check the path or save the effects again"
         ) from error
 
 

@@ -17,10 +17,10 @@ from featpatch.effects.measured import Array, Measured
 from featpatch.effects.plots import Plots
 from featpatch.effects.selection import WHERE_CHANGED, By, least_to_sort, measured_effect, sorting
 from featpatch.effects.statistics import check_threshold, quadrant_labels
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_choices, check_numbers
 from featpatch.files import as_path
 from featpatch.frame import ROWS, Frame, text
-from featpatch.nodes import EFFECTS, Effect, Node, Position
+from featpatch.nodes import EFFECTS, KINDS, Effect, Node, Position
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,7 +64,7 @@ class Effects(Measured):
         """Return the rows whose node has these field values, e.g. `where(kind="feature", position="S2")`.
 
         Raises:
-            FeatpatchError: a node has no such field.
+            FeatpatchError: a node has no such field, or the kind is not one of `fp.nodes.KINDS`.
 
         Examples:
             >>> errors = effects.where(kind="error")
@@ -77,6 +77,8 @@ class Effects(Measured):
                 f"unknown columns {', '.join(map(repr, sorted(unknown)))}: expected some of "
                 f"{', '.join(Node.__dataclass_fields__)}"
             )
+        if "kind" in wanted:
+            check_choices(KINDS, kind=wanted["kind"])
         return self.take([i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())])
 
     def top(
@@ -402,7 +404,7 @@ class Effects(Measured):
             over += f" pairs and {self.metadata['noise']['draws']} draws of noise (spread: standard deviation over draws)"
             return over
         if self.has_gap:
-            return f"{over} pairs"
+            return f"{over} pair{'s' if len(self.clean) > 1 else ''}"
         return f"{over} prompt{'s' if len(self.clean) > 1 else ''}, as changes {self.unit} (clean - ablated)"
 
     def _repr_html_(self) -> str:

@@ -215,11 +215,11 @@ def do(
         >>> import torch
         >>> clean, corrupted = torch.tensor([pairs[0].clean]), torch.tensor([pairs[0].corrupted])
         >>> name = fp.Node("blocks.0.hook_resid_pre", "activation", position=pairs[0].labels["S2"])
-        >>> with fp.do(model, fp.Patch((name,)), source=clean, base=corrupted):
+        >>> with fp.do(model, fp.Patch([name]), source=clean, base=corrupted):
         ...     patched = model(corrupted)
         >>> torch.allclose(patched, model(clean), atol=1e-3)  # the prompts differ only at S2
         True
-        >>> with fp.do(model, fp.Patch((fp.head(1, 3, "v", "S2"),)), pair=pairs[0]):
+        >>> with fp.do(model, fp.Patch([fp.head(1, 3, "v", "S2")]), pair=pairs[0]):
         ...     patched = model(corrupted)
     """
     if how not in ("add", "set"):
@@ -235,7 +235,7 @@ def do(
     if not isinstance(patch, Patch):
         raise FeatpatchError(
             f"patch is of type {type(patch).__name__}: expected an fp.Patch, which holds the nodes to patch; write "
-            "fp.Patch((node,)) or fp.Patch(effects.top(5).nodes)"
+            "fp.Patch([node]) or fp.Patch(effects.top(5).nodes)"
         )
     given_values = None if isinstance(source, torch.Tensor) else source
     if given_values is not None and not isinstance(given_values, ActivationCache | Mapping):

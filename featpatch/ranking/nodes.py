@@ -80,7 +80,7 @@ def rank_nodes(
         3 nodes together @ (several)
         >>> effects.pooled("recovery").shape
         (4,)
-        >>> two = [fp.Patch(tuple(nodes[:2]), name="head and feature"), fp.Patch(tuple(nodes[1:]))]
+        >>> two = [fp.Patch(nodes[:2], name="head and feature"), fp.Patch(nodes[1:])]
         >>> [str(node) for node in fp.rank_nodes(model, pairs, two, saes=saes, progress=False).nodes]
         ['head and feature together @ S2', '2 nodes together @ (several)']
     """

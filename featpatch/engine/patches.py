@@ -252,10 +252,15 @@ class Matrix:
         return self._of_patches(unit.block.run.answer - unit.first + 1 for unit in self.units)
 
     @cached_property
+    def _first(self) -> int:
+        """The first position of any row."""
+        return min(unit.first for unit in self.units)
+
+    @cached_property
     def _base_rows(self) -> Int[torch.Tensor, " rows"]:
-        """The row of each row's base value if the traces are put one after the other."""
-        lengths = [len(run.tokens) for run in self.traces]
-        before = dict(zip(self.traces, accumulate(lengths, initial=0), strict=False))
+        """The row of each row's base value if the traces from the first position on are put one after the other."""
+        ends = accumulate(len(run.tokens) - self._first for run in self.traces)
+        before = {run: end - len(run.tokens) for run, end in zip(self.traces, ends, strict=True)}
         return self.positions + self._of_patches(before[u.block.run] for u in self.units).repeat_interleave(self._lengths)
 
     def _of_patches(self, of_units: Iterable[int]) -> Int[torch.Tensor, " patches"]:
@@ -263,7 +268,7 @@ class Matrix:
 
     def base(self, layer: int, name: str, rows: Int[torch.Tensor, " some"] | None = None) -> torch.Tensor:
         """Return the base runs' values in some rows, by default in all, as a copy; see `Trace`."""
-        values = torch.cat([trace[layer, name] for trace in self.traces.values()])
+        values = torch.cat([trace[layer, name][self._first :] for trace in self.traces.values()])
         return values[(self._base_rows if rows is None else self._base_rows[rows]).to(values.device)]
 
     def inserted(self, layer: int, name: str, rows: Int[torch.Tensor, " some"], values: torch.Tensor) -> torch.Tensor:

@@ -121,14 +121,13 @@ class SuffixPath:
         hooks = entering(units)
         layer, rows, x = self._enter(self.group(units[0].block), matrix, hooks)
         final = self._run(layer, rows, x, matrix, hooks)
-        found = [final] * len(units)
+        found: dict[int, torch.Tensor] = {}
         patches = torch.arange(len(final)).split(matrix.sizes)
         for wanted, numbers in alike(columns).items():
             some = torch.cat([patches[number] for number in numbers]).to(final.device)
             logits = self.stack.head(final[some], self._ids(wanted)).split([matrix.sizes[number] for number in numbers])
-            for number, of_unit in zip(numbers, logits, strict=True):
-                found[number] = of_unit
-        return found
+            found |= dict(zip(numbers, logits, strict=True))
+        return [found[number] for number in range(len(units))]
 
     def prepare(self, runs: Iterable[BaseRun]) -> None:
         """Run the base runs together, from the lowest layer at which patches enter, and keep their traces."""

@@ -232,13 +232,13 @@ class Sweep:
         if rows <= self.limit or patches == 1:
             try:
                 logits = self.path.logits(batch, [self._columns(unit.block.run) for unit in batch])
-                values, sizes = [torch.empty(0)] * len(batch), [len(unit.patches) for unit in batch]
+                values: dict[int, Values] = {}
+                sizes = [len(unit.patches) for unit in batch]
                 for numbers in alike(self._alike(unit.block.run) for unit in batch).values():
                     run = batch[numbers[0]].block.run
                     measured = self._measured(torch.cat([logits[number] for number in numbers]), run)
-                    for number, part in zip(numbers, measured.split([sizes[n] for n in numbers]), strict=True):
-                        values[number] = part
-                return torch.cat(values)
+                    values |= dict(zip(numbers, measured.split([sizes[number] for number in numbers]), strict=True))
+                return torch.cat([values[number] for number in range(len(batch))])
             except (RuntimeError, MemoryError, FeatpatchError) as error:
                 if not out_of_memory(error):
                     raise

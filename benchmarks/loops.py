@@ -122,3 +122,14 @@ def matrix_rate(width: int, hidden: int, device: str, dtype: torch.dtype = torch
             torch.mm(a, w, out=product)
 
     return statistics.median(repeats * operations / timed(multiply, device)[0] for _ in range(5))
+
+
+def gelu_rate(hidden: int, device: str) -> float:
+    """Measure the numbers per second of GELU, of as many rows as in `matrix_rate` on a CPU."""
+    x, repeats = torch.randn(1024, hidden, device=device), 20
+
+    def activate() -> None:
+        for _ in range(repeats):
+            torch.nn.functional.gelu(x, approximate="tanh")
+
+    return statistics.median(repeats * x.numel() / timed(activate, device)[0] for _ in range(5))

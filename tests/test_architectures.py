@@ -209,7 +209,11 @@ def test_attention_without_separate_weights_is_not_for_the_fast_path() -> None:
 
 def test_the_self_check_sees_the_keys_and_values_of_the_base_run(monkeypatch: pytest.MonkeyPatch) -> None:
     right = suffix.attend
-    monkeypatch.setattr(suffix, "attend", lambda layer, q, k, v, base_k, base_v: right(layer, q, k, v, base_k, 0 * base_v))
+
+    def attend(layer: Any, q: Any, k: Any, v: Any, bases: Any = ()) -> torch.Tensor:
+        return right(layer, q, k, v, [(size, base_k, 0 * base_v) for size, base_k, base_v in bases])
+
+    monkeypatch.setattr(suffix, "attend", attend)
     model = BRIDGES["gpt2"]()
     with pytest.warns(fp.SlowPathWarning, match="the two differ by"):
         fp.rank_features(model, dictionaries(model)[0], pairs(VOCAB), progress=False)

@@ -29,7 +29,8 @@ from featpatch.model.lens import Lens
 BUSY = 2**31
 """Multiply-adds per weight matrix of one forward pass above which a CPU is busy; a GPU needs GPU_FACTOR times as many."""
 GPU_FACTOR = 16
-LEAST, MOST = 256, 16384
+LEAST, MOST = 256, 4096
+"""The smallest and largest number of rows that are useful on a CPU; of small models, more do not fit into its cache."""
 SHARE = 0.25
 """Fraction of the free memory that one forward pass may take."""
 NO_MEMORY = "can't allocate memory", "could not create a primitive", "CUBLAS_STATUS_ALLOC_FAILED"
@@ -52,9 +53,10 @@ def row_budget(lens: Lens, length: int, columns: int) -> int:
         length: the maximum number of tokens of a prompt.
         columns: the number of logits of each patch.
     """
-    busy = BUSY // (lens.d_model * max(lens.d_mlp, lens.d_model)) * (GPU_FACTOR if lens.device.type == "cuda" else 1)
+    factor = GPU_FACTOR if lens.device.type == "cuda" else 1
+    busy = BUSY // (lens.d_model * max(lens.d_mlp, lens.d_model)) * factor
     fits = int(SHARE * min(map(free_memory, lens.devices))) // row_bytes(lens, length, columns)
-    return max(1, min(max(busy, LEAST), MOST, fits))
+    return max(1, min(max(busy, LEAST), MOST * factor, fits))
 
 
 def trace_bytes(lens: Lens, layers: Sequence[int]) -> int:

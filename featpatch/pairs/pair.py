@@ -125,7 +125,7 @@ class Pair:
     @property
     def answers(self) -> tuple[Sequences, Sequences]:
         """The right and the wrong answers, each answer given as a tuple of one or more token ids."""
-        if self.correct_sequences:
+        if self.correct_sequences or self.wrong_sequences:
             return self.correct_sequences, self.wrong_sequences
         return tuple((token,) for token in self.correct), tuple((token,) for token in self.wrong)
 

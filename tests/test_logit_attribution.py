@@ -197,6 +197,7 @@ def test_the_heat_map() -> None:
     assert found.plot().layout.title.text == "direct contributions to logit_diff"
     assert list(trace.x) == ["head 0", "head 1", "head 2", "head 3", "attention bias", "mlp"]
     assert list(trace.y) == [0, 1, 2]
+    assert trace.zmid == 0
     assert trace.z[1][2] == found.values[found.terms.index(Term("head", 1, 2))].mean()
     assert trace.z[2][5] == found.values[found.terms.index(Term("mlp", 2))].mean()
 

@@ -688,6 +688,12 @@ def test_do_refuses_padding_without_a_mask(demo: Demo, monkeypatch: pytest.Monke
         fp.do(demo.model, patch, **given, attention_mask=mask[:, :2]),
     ):
         pass
+    hole = torch.tensor([1, 0] + [1] * (mask.shape[1] - 2)).expand_as(mask)
+    with (
+        pytest.raises(fp.FeatpatchError, match=r"attention_mask is \[1, 0, 1, .*expected consecutive ones"),
+        fp.do(demo.model, patch, **given, attention_mask=hole),
+    ):
+        pass
     with (
         pytest.raises(fp.FeatpatchError, match="is at padding in one of the prompts"),
         fp.do(demo.model, patch, **given, attention_mask=mask),

@@ -262,9 +262,7 @@ def together(
     parts = tuple(find(one, refused, use) for one in several)
     names = [part.name for part in parts]
     if not names or len(set(names)) < len(names):
-        raise FeatpatchError(
-            f"metric={names}: expected at least one metric, and each name once; give each function a different name"
-        )
+        raise FeatpatchError(f"metric={names}: expected at least one metric, each name once; give functions different names")
     return Measures(parts)
 
 
@@ -289,11 +287,7 @@ def with_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> NDAr
 
 
 def check_gap(metric: str, clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> None:
-    """Check that the mean gap is large enough for a ratio.
-
-    Raises:
-        FeatpatchError: the mean of `clean - corrupted` is near zero.
-    """
+    """Raise a FeatpatchError if the mean gap, that of `clean - corrupted`, is too near zero for a ratio."""
     gap = float(np.mean(clean - corrupted))
     if abs(gap) <= NEAR_ZERO * size(clean, corrupted):
         raise FeatpatchError(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers, is_integer
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, is_integer
 from featpatch.untrusted import visible
 
 Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge", "rest", "logit"]
@@ -195,16 +195,12 @@ def joint(nodes: Sequence[Node], number: int = 0, name: str = "") -> Node:
         name: the name of the patch; by default the number of nodes.
     """
     positions = {node.position for node in nodes}
-    named = name or f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}"
-    return Node(f"{named}{TOGETHER}", "set", number, positions.pop() if len(positions) == 1 else "(several)")
+    position = positions.pop() if len(positions) == 1 else "(several)"
+    return Node(f"{name or counted(len(nodes), 'node')}{TOGETHER}", "set", number, position)
 
 
 def check_senders(nodes: Sequence[Node]) -> None:
-    """Check that the logits, at which every path ends, are not among the senders of paths.
-
-    Raises:
-        FeatpatchError: they are.
-    """
+    """Raise a FeatpatchError if the logits, at which every path ends, are among the senders of paths."""
     if LOGITS in nodes:
         raise FeatpatchError(
             "'logits' is among the senders: expected it only among the receivers, because every path ends there"

@@ -111,8 +111,7 @@ class Pair:
         return len(self.clean)
 
     def __repr__(self) -> str:
-        differing = sum(one != other for one, other in zip(self.clean, self.corrupted, strict=False))
-        size = f"{len(self)} tokens, of which {differing} differ"
+        size = f"{len(self)} tokens, of which {len(differing(self))} differ"
         if self.by_label:
             size = f"{len(self)} and {len(self.corrupted)} tokens, patched label by label"
         right, wrong = map(_shown, self.answers)
@@ -137,8 +136,7 @@ class Pair:
     @property
     def first_difference(self) -> int:
         """The first position at which the prompts differ; the number of tokens if they are equal."""
-        differing = (p for p, (one, other) in enumerate(zip(self.clean, self.corrupted, strict=False)) if one != other)
-        return next(differing, min(len(self), len(self.corrupted)))
+        return next(iter(differing(self)), min(self.lengths))
 
     @property
     def by_label(self) -> bool:
@@ -286,11 +284,7 @@ def _shown(answers: Sequences) -> str:
 
 
 def check_answers(pair: Pair, metrics: Sequence[str]) -> None:
-    """Check that a pair has answers if any metrics, given by name, read them.
-
-    Raises:
-        FeatpatchError: it has none.
-    """
+    """Raise a FeatpatchError if a pair has no answers, and any metrics, given by name, read them."""
     if metrics and not pair.answers[0]:
         raise FeatpatchError(
             f"a prompt has no answers, and {', '.join(metrics)} reads them: expected correct=..., or a metric that is a "
@@ -299,11 +293,7 @@ def check_answers(pair: Pair, metrics: Sequence[str]) -> None:
 
 
 def _check_tokens(name: str, tokens: object) -> None:
-    """Check that tokens are a tuple of integers small enough for arrays.
-
-    Raises:
-        FeatpatchError: they are not.
-    """
+    """Raise a FeatpatchError unless tokens are a tuple of integers small enough for arrays."""
     check_kinds(tuple, **{name: tokens})
     for token in tokens if isinstance(tokens, tuple) else ():
         if type(token) is not int or abs(token) > MAX_INTEGER:
@@ -323,6 +313,11 @@ def token_index(position: int, length: int) -> int:
             "the end"
         )
     return position % length
+
+
+def differing(pair: Pair) -> list[int]:
+    """Return the positions at which the tokens of the two prompts differ; what exceeds the shorter prompt does not count."""
+    return [p for p, (one, other) in enumerate(zip(pair.clean, pair.corrupted, strict=False)) if one != other]
 
 
 def positions_of(label: LabelPosition) -> tuple[int, ...]:

@@ -224,11 +224,7 @@ def is_padded(tokenizer: Tokenizer, *prompts: Sequence[int], surely: bool = Fals
 
 
 def check_starts(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> None:
-    """Check that no row of a batch may be padded by one token where the padding token is also BOS.
-
-    Raises:
-        FeatpatchError: some rows begin with the padding token, which is also BOS, and others do not.
-    """
+    """Raise a FeatpatchError if some rows of a batch begin with the padding token, which is also BOS, and others do not."""
     pad, bos, _shared = _padding(tokenizer)
     begin = sum(row[0] == pad for row in rows if row)
     if pad is not None and pad == bos and 0 < begin < len(rows):

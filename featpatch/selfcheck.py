@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, counted
 from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
 from featpatch.model.loading import processing_steps
@@ -98,7 +98,7 @@ class Check:
             + (f"; {fit.misfit}" if fit.misfit else ".")
             for fit, claim in zip(self.fits, claims, strict=True)
         ]
-        said = f"check on {self.positions} positions of {self.model}, weights {self.weights}"
+        said = f"check on {counted(self.positions, 'position')} of {self.model}, weights {self.weights}"
         return visible("\n  ".join([said, *fits]))
 
     @property

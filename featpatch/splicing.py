@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from featpatch.descriptions import Document, ids_of, together
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, counted
 from featpatch.frame import Frame
 from featpatch.metrics import NEAR_ZERO
 from featpatch.model.facts import check_tokens
@@ -91,7 +91,7 @@ class Losses:
 
     @property
     def _said(self) -> str:
-        return f"cross-entropy in nats over {self.predictions:,} predictions"
+        return f"cross-entropy in nats over {counted(self.predictions, 'prediction')}"
 
 
 @torch.no_grad()

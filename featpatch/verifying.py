@@ -9,7 +9,7 @@ import pandas as pd
 from featpatch import sites
 from featpatch.effects.collector import provenance
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers, is_number
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, is_number
 from featpatch.metrics import MEASURES, SEQUENCES, size
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
@@ -63,8 +63,8 @@ class Verified:
         verdict = "reproduced" if self.ok else "NOT reproduced"
         changed = f"; other versions: {', '.join(self.versions)}" if self.versions else ""
         return visible(
-            f"{len(self.nodes)} random rows measured again, {verdict}: largest difference {max(self.differences):.2g} of the "
-            f"metric's size (tolerance {self.tolerance:.2g}){changed}"
+            f"{counted(len(self.nodes), 'random row')} measured again, {verdict}: largest difference "
+            f"{max(self.differences):.2g} of the metric's size (tolerance {self.tolerance:.2g}){changed}"
         )
 
 

@@ -11,6 +11,7 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import RANK, SCALE, app, bars, clear_errors, console
 from featpatch.cli.output import Output, show
+from featpatch.errors import counted
 from featpatch.sites import COMPONENTS, DEFAULT_COMPONENTS
 
 
@@ -72,7 +73,7 @@ def rank(
         screening = fp.Screen(**given) if screen else None
         of.check_methods(method, screening, metric, direction, {"screen": screening, "journal": journal, "executor": elsewhere})
         out_to = console(json=as_json)
-        out_to.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
+        out_to.print(f"loading {model} and {counted(len(sae), 'SAE')}")
         work = of.study(out_to, model, sae, pairs, positions, direction, metric, device, progress=bars(json=as_json))
         kind = "screened features" if screening else "features" if method == "exact" else f"estimates by {method}"
         results.check_same(

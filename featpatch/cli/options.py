@@ -13,6 +13,7 @@ from featpatch.console import PlainConsole
 from featpatch.errors import FeatpatchError
 from featpatch.files import as_path
 
+EffectsFile = Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")]
 Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects.csv and report.html.")]
 By = Annotated[
     Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"] | None,

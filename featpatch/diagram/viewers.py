@@ -11,7 +11,7 @@ import pandas as pd
 from featpatch import sites
 from featpatch.diagram.draw import middles
 from featpatch.diagram.graph import INPUTS, LOGITS, Content, content, digits, is_end, is_group, label, layout, short
-from featpatch.errors import FeatpatchError, check_kinds, is_integer
+from featpatch.errors import FeatpatchError, check_kinds, counted, is_integer
 from featpatch.nodes import Node, Patch
 from featpatch.page.page import Block, Section, block, page, table
 
@@ -130,11 +130,7 @@ def viewer_json(
 
 
 def check_slug(slug: Any) -> None:
-    """Check that the name of a graph fits into an address.
-
-    Raises:
-        FeatpatchError: it does not.
-    """
+    """Raise a FeatpatchError unless the name of a graph fits into an address."""
     if not isinstance(slug, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
         raise FeatpatchError(f"slug={slug!r}: expected letters, digits, '-', '_' and '.', such as 'ioi-circuit'")
 
@@ -274,7 +270,7 @@ def interactive(graph: Any, title: str, *, answer: str = "") -> str:
     check_kinds(str, title=title, answer=answer)
     said = content(graph)
     first = [Section("answer", "", "", [block("answer.html", answer=answer, figures=())])] if answer else []
-    return page(title, f"{len(said.nodes)} nodes, {len(said.edges)} edges", [*first, *sections(graph)])
+    return page(title, f"{counted(len(said.nodes), 'node')}, {counted(len(said.edges), 'edge')}", [*first, *sections(graph)])
 
 
 def sections(graph: Any) -> list[Section]:

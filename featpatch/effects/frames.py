@@ -19,7 +19,7 @@ from featpatch.effects import statistics
 from featpatch.effects.measured import Measured
 from featpatch.effects.selection import WHERE_CHANGED
 from featpatch.effects.statistics import quadrant_labels
-from featpatch.errors import FeatpatchError, check_numbers, is_integer
+from featpatch.errors import FeatpatchError, check_numbers, counted, is_integer
 from featpatch.metrics import NEAR_ZERO, size
 from featpatch.nodes import TOGETHER, Edge, Effect, Node, Position
 
@@ -31,6 +31,11 @@ def number(value: float) -> str:
     decimals = min(max(2, 1 - int(np.floor(np.log10(abs(value))))), 4)
     short = round(value, decimals)
     return f"{short:.{decimals}f}" if short else "0.00"
+
+
+def sample(effects: Measured) -> str:
+    """Return the number of pairs, or of prompts without a counterfactual, with its noun."""
+    return counted(len(effects.clean), "pair" if effects.has_gap else "prompt")
 
 
 def full(effects: Measured) -> pd.DataFrame:
@@ -251,12 +256,12 @@ def split_half(change: NDArray[np.float64], gap: NDArray[np.float64], splits: in
     features, pairs = change.shape
     if pairs < LEAST_PAIRS:
         raise FeatpatchError(
-            f"stability of {pairs} pairs: expected at least {LEAST_PAIRS}, two for each half; rank over more pairs"
+            f"stability of {counted(pairs, 'pair')}: expected at least {LEAST_PAIRS}, two for each half; rank over more pairs"
         )
     if features < 2:
         raise FeatpatchError(
-            f"stability of {features} features with known values: expected at least 2, which a ranking can order; choose an "
-            "effect that was measured, or rank more positions or SAEs"
+            f"stability of {counted(features, 'feature')} with known values: expected at least 2, which a ranking can order; "
+            "choose an effect that was measured, or rank more positions or SAEs"
         )
     check_numbers(1, splits=splits, top=top)
     rng = np.random.default_rng(seed)

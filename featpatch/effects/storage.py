@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from featpatch.effects.audit import without_estimates
 from featpatch.effects.measured import Measured
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, errors_about
 from featpatch.files import read_json, writing
 from featpatch.nodes import DIRECTIONS, EFFECTS, Edge, Node
 
@@ -44,11 +44,9 @@ def save(effects: Measured, path: Path) -> Path:
     if effects.taken_from is not None:
         effects = _with_whole_activations(effects)
     metadata = {**effects.metadata, "metrics": effects.metrics}
-    try:
+    with errors_about("these effects can't be saved, because the file could not be loaded again"):
         for table in (effects, *effects.others.values()):
             check_columns({**vars(table), "metadata": metadata}, len(effects.nodes))
-    except FeatpatchError as error:
-        raise FeatpatchError(f"these effects can't be saved, because the file could not be loaded again: {error}") from error
     if effects.taken_from is not None:
         metadata["rows_ranked"] = effects.rows_ranked
         metadata["shown_rows"] = shown

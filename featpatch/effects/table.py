@@ -17,7 +17,7 @@ from featpatch.effects.measured import Array, Measured
 from featpatch.effects.plots import Plots
 from featpatch.effects.selection import WHERE_CHANGED, By, least_to_sort, measured_effect, sorting
 from featpatch.effects.statistics import check_threshold, quadrant_labels
-from featpatch.errors import FeatpatchError, check_choices, check_numbers
+from featpatch.errors import FeatpatchError, check_choices, check_numbers, counted
 from featpatch.files import as_path
 from featpatch.frame import ROWS, Frame, text
 from featpatch.nodes import EFFECTS, KINDS, Effect, Node, Position
@@ -395,18 +395,15 @@ class Effects(Measured):
         beside = [name for name in table if WHERE_CHANGED in name]  # in to_pandas(); here the lines would be too long
         shown = text(table.drop(columns=["sae", *pooled, "value", "unit", "route", *beside], errors="ignore"))
         more = f", the first {len(first)} of" if len(self) > len(first) else ","
-        return f"{self._headline()}{more} {len(self)} rows:\n{shown}"
+        return f"{self._headline()}{more} {counted(len(self), 'row')}:\n{shown}"
 
     def _headline(self) -> str:
         what = f"effects of paths (route {self.route!r})" if self.route else "effects"
-        over = f"{self.value} {what} over {len(self.clean)}"
+        over = f"{self.value} {what} over {frames.sample(self)}"
         if self.spread:
-            over += f" pairs and {self.metadata['noise']['draws']} draws of noise (spread: standard deviation over draws)"
-            return over
-        if self.has_gap:
-            return f"{over} pair{'s' if len(self.clean) > 1 else ''}"
-        return f"{over} prompt{'s' if len(self.clean) > 1 else ''}, as changes {self.unit} (clean - ablated)"
+            return f"{over} and {self.metadata['noise']['draws']} draws of noise (spread: standard deviation over draws)"
+        return over if self.has_gap else f"{over}, as changes {self.unit} (clean - ablated)"
 
     def _repr_html_(self) -> str:
         shown = frames.brief(self.take(range(min(20, len(self))))).to_html(index=False, escape=True)
-        return f"{shown}<p>{len(self)} rows, {escape(self.unit)}</p>"
+        return f"{shown}<p>{counted(len(self), 'row')}, {escape(self.unit)}</p>"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted
 from featpatch.frame import Frame
 from featpatch.model.lens import Lens
 from featpatch.model.projections import rounding
@@ -124,12 +124,8 @@ class GraphEffects:
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         check_kinds(str, title=title)
-        axes = {
-            "xaxis_title": "influence in the graph",
-            "xaxis_type": "log",
-            "yaxis_title": "exact effect of ablating the node",
-        }
-        figure = go.Figure(layout={"title": in_figure(title), **axes})
+        axes = {"xaxis_title": "influence in the graph", "yaxis_title": "exact effect of ablating the node"}
+        figure = go.Figure(layout={"title": in_figure(title), "xaxis_type": "log", **axes})
         largest = np.argsort(-abs(self.exact), kind="stable")[:NAMED].tolist()
         texts = [in_figure(name) if row in largest else "" for row, name in enumerate(self.names)]
         hover = {"hovertext": [in_figure(name) for name in self.names], "hoverinfo": "text+x+y"}
@@ -144,8 +140,8 @@ class GraphEffects:
 
     def __repr__(self) -> str:
         return visible(
-            f"exact effects of {len(self.nodes)} nodes of a graph: Spearman {self.spearman:.2f} of influence with their size, "
-            f"{self.spearman_predicted:.2f} of the predicted with the exact effects\n{self.to_pandas(10)}"
+            f"exact effects of {counted(len(self.nodes), 'node')} of a graph: Spearman {self.spearman:.2f} of influence with "
+            f"their size, {self.spearman_predicted:.2f} of the predicted with the exact effects\n{self.to_pandas(10)}"
         )
 
 

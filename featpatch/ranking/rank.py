@@ -13,7 +13,7 @@ from featpatch.attribution.features import estimate_features
 from featpatch.attribution.gradients import METHODS, Gradients, check_gradient, check_method, differentiable
 from featpatch.attribution.paths import estimate_paths
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, counted
 from featpatch.metrics import find, one_metric
 from featpatch.nodes import DIRECTIONS, Combine, Direction, Edge, Node
 from featpatch.pairs.pair import Positions
@@ -280,7 +280,8 @@ def rank_paths(
             if chosen is None
             else f"screened by gradient estimates; {chosen.k} of them, and {chosen.audit} of the others at random, are patched"
         )
-        tqdm.write(f"{count:,} paths in {len(pairs)} pairs and {len(study.directions)} directions: {how}", file=sys.stderr)
+        size = f"{counted(count, 'path')} in {counted(len(pairs), 'pair')} and {counted(len(study.directions), 'direction')}"
+        tqdm.write(f"{size}: {how}", file=sys.stderr)
     run = partial(Study.run, journal=journal, progress=progress, executor=executor)
     if not isinstance(chosen, Screen):
         return run(study)

@@ -12,14 +12,15 @@ import pandas as pd
 from markupsafe import Markup
 
 from featpatch import sites
-from featpatch.effects.frames import TOP, brief, pairs_by_value
+from featpatch.effects.frames import TOP, brief, pairs_by_value, sample
 from featpatch.effects.statistics import CONFIDENCE, RESAMPLES, SEED, bounds
 from featpatch.effects.table import Effects
+from featpatch.errors import counted
 from featpatch.nodes import Effect, Node
 from featpatch.page.charts import Bar, Points, bars, grid, points, strips
 from featpatch.page.page import Block, Section, block, page, table
 from featpatch.pairs.text import PairText
-from featpatch.reporting.conclusion import concluded, measurable, noun_of, several, short_names, strongest
+from featpatch.reporting.conclusion import concluded, measurable, noun_of, short_names, strongest
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def _subtitle(effects: Effects) -> str:
     positions = effects.metadata.get("positions")
     at = f" at {', '.join(map(str, positions))}" if isinstance(positions, list) and len(positions) <= FIRST else ""
     route = f" (route {effects.route!r})" if effects.route else ""
-    over = several(len(effects.clean), "prompt pair" if effects.has_gap else "prompt")
+    over = counted(len(effects.clean), "prompt pair" if effects.has_gap else "prompt")
     unit = f"on the metric {effects.metadata['metric']}" if effects.has_gap else f"as changes {effects.unit} (clean - ablated)"
-    return f"{value.capitalize()} effects of {several(effects.rows_ranked, noun)}{route}{at}, over {over}, {unit}"
+    return f"{value.capitalize()} effects of {counted(effects.rows_ranked, noun)}{route}{at}, over {over}, {unit}"
 
 
 def _answer(effects: Effects, material: Material) -> Section:
@@ -173,7 +174,7 @@ def _chart(rows: Effects, material: Material) -> Block:
         for n, (name, node) in enumerate(zip(short_names(rows.nodes), rows.nodes, strict=True))
     ]
     unit = "shares of the gap" if rows.has_gap else f"changes {rows.unit}"
-    title = f"The {several(len(rows), noun_of(rows))} with the largest effects: {unit}, with 95 % intervals"
+    title = f"The {counted(len(rows), noun_of(rows))} with the largest effects: {unit}, with 95 % intervals"
     return bars(drawn, [ASKS[effect] if rows.has_gap else rows.titled(effect) for effect in run], title=title)
 
 
@@ -194,10 +195,9 @@ def _question(effects: Effects, material: Material) -> Section | None:
         }
         for prompt, clean, corrupted in zip(material.prompts[:PROMPTS], effects.clean, effects.corrupted, strict=False)
     ]
-    noun = "pair" if effects.has_gap else "prompt"
     text = (
-        f"{min(PROMPTS, len(material.prompts))} of {several(len(material.prompts), noun)}. Tokens that differ are "
-        "highlighted; the underlined answers are those that the metric compares."
+        f"{min(PROMPTS, len(material.prompts))} of {sample(effects)}. Tokens that differ are highlighted; the underlined "
+        "answers are those that the metric compares."
     )
     if material.checks is not None:
         text += " The checklist covers these pairs; `featpatch check` and `pairs.check(model)` check all pairs."

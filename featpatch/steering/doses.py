@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, is_finite
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted, is_finite
 from featpatch.frame import Frame, text
 from featpatch.metric_functions import Metric
 from featpatch.metrics import find, one_metric
@@ -130,10 +130,8 @@ class DoseResponse:
 
     def __repr__(self) -> str:
         said = ", ".join(f"{name} {values.mean():.3g}" for name, values in self.unsteered.items())
-        count = len(next(iter(self.unsteered.values())))
-        return (
-            f"{self.metadata['how']} at {self.metadata['positions']}, {count} prompts; unsteered: {said}\n{text(self.table())}"
-        )
+        prompts = counted(len(next(iter(self.unsteered.values()))), "prompt")
+        return f"{self.metadata['how']} at {self.metadata['positions']}, {prompts}; unsteered: {said}\n{text(self.table())}"
 
     def _repr_html_(self) -> str:
         return self.table().to_html(index=False, max_rows=20, float_format="{:.3g}".format)

@@ -20,7 +20,7 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.page.page import block
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.tokens import PairsWarning, Tokenizer, prompt_ids, special_positions
+from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_tokenizer, prompt_ids, special_positions
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.sae.nodes import with_owner
 from featpatch.untrusted import visible
@@ -166,8 +166,7 @@ def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence
     """
     check_numbers(1, contexts=contexts)
     lens = wrap(model)
-    if getattr(model, "tokenizer", None) is None:
-        raise FeatpatchError("the model has no tokenizer: expected one, to tokenize the texts; pass it when you load the model")
+    check_tokenizer(lens.tokenizer, "to tokenize the texts")
     check_texts(texts)
     nodes = getattr(nodes, "nodes", nodes)
     if not isinstance(nodes, (list, tuple)) or not all(isinstance(node, Node) for node in nodes):
@@ -256,11 +255,7 @@ class Document:
 
 
 def check_texts(texts: Any) -> None:
-    """Check that texts are documents.
-
-    Raises:
-        FeatpatchError: they are not.
-    """
+    """Raise a FeatpatchError unless texts are documents."""
     listed = isinstance(texts, Iterable) and not isinstance(texts, str) and len(list(texts)) > 0
     if not listed or not all(isinstance(text, str) for text in texts):
         raise FeatpatchError(

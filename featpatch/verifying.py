@@ -118,11 +118,7 @@ def verify(
 
 
 def _check_repeatable(effects: Effects) -> None:
-    """Check that a table holds what its rows can be measured again from.
-
-    Raises:
-        FeatpatchError: it holds no exact patching effects, or a metric that is a function.
-    """
+    """Raise a FeatpatchError unless a table holds exact patching effects on built-in metrics, which can be measured again."""
     check_kinds(Effects, effects=effects)
     about = effects.metadata
     whole = {"model", "pairs", "positions", "versions"} <= set(about) and {"saes", "components"} & set(about)
@@ -139,11 +135,7 @@ def _check_repeatable(effects: Effects) -> None:
 
 
 def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> None:
-    """Check that model, pairs and SAEs are those of a table.
-
-    Raises:
-        FeatpatchError: one differs, or an SAE is missing.
-    """
+    """Raise a FeatpatchError unless model, pairs and SAEs are those of a table."""
     about = effects.metadata
     found = dictionaries_if_any(lens, saes)
     given = {"model": lens.digest(), "pairs": check_pairs(pairs, by_label=True).digest(), **{d.name: d.digest() for d in found}}

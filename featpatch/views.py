@@ -20,7 +20,7 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Effect, Node, Position
 from featpatch.pairs.pair import Pair, token_index
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.tokens import prompt_ids, special_positions
+from featpatch.pairs.tokens import check_tokenizer, prompt_ids, special_positions
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.untrusted import in_figure
 
@@ -194,8 +194,7 @@ def _prompts(lens: Lens, prompt: str | Pair) -> tuple[list[tuple[int, ...]], fro
     Raises:
         FeatpatchError: the model has no tokenizer or does not know a token; the prompt is something else, empty, or too long.
     """
-    if lens.tokenizer is None:
-        raise FeatpatchError("the model has no tokenizer: expected one, to show tokens; pass it when you load the model")
+    check_tokenizer(lens.tokenizer, "to show tokens")
     if isinstance(prompt, Pair):
         check_tokens(Pairs((prompt,)), lens)
         return [prompt.clean, *([prompt.corrupted] if prompt.has_counterfactual else [])], prompt.special

@@ -195,7 +195,7 @@ def test_other_tables_are_refused(change: dict[str, Any], message: str) -> None:
 
 def test_tables_that_are_not_what_they_should_be_are_refused(tmp_path: Any) -> None:
     features, components = by_hand()
-    with pytest.raises(fp.FeatpatchError, match="the features were ranked over 1 pairs and the components over 2"):
+    with pytest.raises(fp.FeatpatchError, match="the features were ranked over 1 pair and the components over 2"):
         compare(features, table(dict.fromkeys(components.nodes, (1, 1))))
     with pytest.raises(fp.FeatpatchError, match="the corrupted runs differs between the tables, by up to 1"):
         compare(features, replace(components, corrupted=components.corrupted + 1))

@@ -236,7 +236,7 @@ def test_effects_by_tag_of_the_shipped_pairs(demo: Demo) -> None:
 
 
 def test_pairs_that_are_not_there(demo: Demo) -> None:
-    with pytest.raises(fp.FeatpatchError, match=r"task 'induction' is unknown: expected one of ioi"):
+    with pytest.raises(fp.FeatpatchError, match=r"task 'induction' is unknown: expected one of capitals"):
         demo.pairs("induction")
     with pytest.raises(fp.FeatpatchError, match=r"n=100000 pairs of 'ioi': expected an integer from 1 to \d+"):
         demo.pairs(n=100_000)

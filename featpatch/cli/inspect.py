@@ -82,7 +82,7 @@ def verify(
     """
     with clear_errors():
         table = fp.Effects.load(effects)
-        work = of.alone(model, sae or [], pairs, "all", "both", list(table.metrics), device, progress=bars(json=as_json))
+        work = of.study(model, sae or [], pairs, "all", "both", list(table.metrics), device, progress=bars(json=as_json))
         found = fp.verify(
             table, work["model"], work["pairs"], saes=work["saes"] or None, rows=rows, seed=seed, progress=bars(json=as_json)
         )

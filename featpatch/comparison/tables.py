@@ -11,7 +11,7 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 
 from featpatch import sites
-from featpatch.comparison.writers import Contributions, Question, Writer, Writers, measure, on_stream
+from featpatch.comparison.writers import Contributions, Question, Writer, Writers, measure
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.frame import Frame
@@ -70,7 +70,7 @@ class ContributionTables:
         lens = wrap(model)
         found = dictionaries(lens, saes)
         _check_origin(features, lens.digest(), found, pairs)
-        stream = {dictionary.name: dictionary for dictionary in found if on_stream(dictionary.reads)}
+        stream = {dictionary.name: dictionary for dictionary in found if sites.is_stream(dictionary.reads)}
         if not stream:
             raise FeatpatchError(
                 f"the SAEs read {', '.join(dictionary.reads for dictionary in found)}: expected one of the residual stream "
@@ -94,11 +94,7 @@ class ContributionTables:
 
 
 def _check_origin(features: Effects, model: str, found: list[Dictionary], pairs: Pairs) -> None:
-    """Check that a table was made with this model, these SAEs and these pairs, by swapping values.
-
-    Raises:
-        FeatpatchError: it was not.
-    """
+    """Raise a FeatpatchError unless a table was made with this model, these SAEs and these pairs, by swapping values."""
     if pairs.digest() != features.metadata.get("pairs"):
         raise FeatpatchError(
             f"the {len(pairs)} pairs differ from those of the tables: expected the same pairs in the same order; pass the "

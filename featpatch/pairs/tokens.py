@@ -275,6 +275,12 @@ def plain_tokenizer(tokenizer: Tokenizer) -> Any:
     return plain
 
 
+def check_tokenizer(tokenizer: Any, use: str) -> None:
+    """Raise a FeatpatchError, which says what a tokenizer would be used for, if a model has none."""
+    if tokenizer is None:
+        raise FeatpatchError(f"the model has no tokenizer: expected one {use}; pass it when you load the model")
+
+
 def _model(tokenizer: Any) -> Any:
     """Return the argument if it is a model, else None."""
     return tokenizer if callable(getattr(tokenizer, "to_tokens", None)) and hasattr(tokenizer, "tokenizer") else None

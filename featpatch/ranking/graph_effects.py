@@ -259,11 +259,7 @@ class _Runs:
         self.features = {name: each.split(self.clean).features[0] for name, each in known.items()}
 
     def check(self) -> None:
-        """Check that features have the values that they have in the graph.
-
-        Raises:
-            FeatpatchError: one has not, because the graph is of another model or of other transcoders.
-        """
+        """Raise a FeatpatchError unless features have the values that they have in the graph."""
         numbers = [n for n, node in enumerate(self.graph.nodes) if node.kind == "feature"]
         values = self.graph.values[numbers]
         for number, value in zip(numbers, values, strict=True):

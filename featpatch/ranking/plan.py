@@ -183,11 +183,7 @@ def _of_all_lengths(pairs: Pairs) -> Pairs:
 def _check_one_function(
     saes: Any, sites: Any, layers: Any, senders: Nodes | None, receivers: Nodes | None, route: Route, positions: Positions
 ) -> None:
-    """Refuse arguments that no single function takes.
-
-    Raises:
-        FeatpatchError: if the arguments belong to different functions.
-    """
+    """Raise a FeatpatchError if the arguments belong to different functions."""
     paths = senders is not None or receivers is not None
     given = {"sites": sites, "layers": layers, "senders": senders, "receivers": receivers}
     named = [name for name, value in given.items() if value is not None]

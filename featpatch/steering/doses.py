@@ -333,11 +333,7 @@ def _repetition(tokens: Sequence[int]) -> float:
 
 
 def _scored(score: Callable[[str], float], text: str) -> float:
-    """Return the user's score of a text.
-
-    Raises:
-        FeatpatchError: it is not a finite number.
-    """
+    """Return the user's score of a text, or raise a FeatpatchError if it is not a finite number."""
     found = score(text)
     if not is_finite(found):
         raise FeatpatchError(f"score({text[:40]!r}) returned {found!r}: expected a finite number")

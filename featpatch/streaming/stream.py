@@ -107,11 +107,7 @@ def _run(study: Study, folder: Path, number: int, first: int, journal: Path, exe
 
 
 def _check_about(path: Path, about: dict[str, Any]) -> None:
-    """Write `about.json`, or check that an existing one is the same.
-
-    Raises:
-        FeatpatchError: the folder holds results of another study.
-    """
+    """Write `about.json`, or raise a FeatpatchError if an existing one is of another study."""
     if not path.exists():
         with writing(path) as file:
             file.write_text(json.dumps(about, indent=1), encoding="utf-8")

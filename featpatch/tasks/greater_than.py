@@ -56,7 +56,7 @@ def greater_than(
         >>> sorted(pairs[0].labels), layers.metrics
         (['end', 'start_year'], ['prob_diff'])
     """
-    kinds = chosen(corruptions, CORRUPTIONS, "corruption")
+    kinds = chosen(corruptions, CORRUPTIONS)
     if _digits(tokenizer) == 1:
         return draw(tokenizer, partial(_by_digit, kinds=kinds, templates=templates), n=n, seed=seed)
 

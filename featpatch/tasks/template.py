@@ -163,19 +163,14 @@ def usable(tokenizer: Tokenizer, words: Sequence[str], least: int) -> list[str]:
     return kept
 
 
-def chosen(wanted: str | Sequence[str], known: Sequence[str], what: str) -> list[str]:
-    """Return the requested names as a list after checking that they are known.
-
-    Args:
-        wanted: one name or several.
-        known: the names that exist.
-        what: what the names are called in the error message.
+def chosen(wanted: str | Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the requested corruptions, one or several, as a list after checking that they are known.
 
     Raises:
-        FeatpatchError: a name is unknown, or none is given.
+        FeatpatchError: a corruption is unknown, or none is given.
     """
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise FeatpatchError(f"{what} {', '.join(map(str, unknown)) or names}: expected some of {', '.join(known)}")
+        raise FeatpatchError(f"corruption {', '.join(map(str, unknown)) or names}: expected some of {', '.join(known)}")
     return names

@@ -31,7 +31,7 @@ TOKENS = 1024
 """The largest number of tokens of several texts that share a forward pass."""
 MANY = 10
 """The number of positions considered for each max-activating example, so that the examples differ."""
-FIRINGS = 10
+ACTIVE = 10
 """The number of active positions below which a warning is given: the share of them on a given word is then uncertain by more
 than 0.3 (two standard errors)."""
 POSITIONS = 300
@@ -215,14 +215,14 @@ def read_words(
 def _warn(descriptions: Mapping[Node, Description]) -> None:
     """Issue a warning if descriptions are based on too little text."""
     positions = next((found.positions for found in descriptions.values()), POSITIONS)
-    few = [node for node, found in descriptions.items() if found.fired < FIRINGS or positions < POSITIONS]
+    few = [node for node, found in descriptions.items() if found.fired < ACTIVE or positions < POSITIONS]
     if few:
         named = "; ".join(f"{node.sae} feature {node.index} ({descriptions[node].fired})" for node in few[:NAMED])
         more = f" and {len(few) - NAMED} more" if len(few) > NAMED else ""
         warnings.warn(
             f"there is too little text to describe {len(few)} of {len(descriptions)} features reliably: it has {positions:,} "
             f"positions, and these features are active at the number of positions in brackets: {named}{more}; expected at "
-            f"least {FIRINGS} active positions per feature and {POSITIONS} positions in all; give more text that resembles "
+            f"least {ACTIVE} active positions per feature and {POSITIONS} positions in all; give more text that resembles "
             "the pairs",
             FeatpatchWarning,
             stacklevel=4,
@@ -324,15 +324,15 @@ def read_features(
 
 
 def _describe(tokenizer: Any, text: list[Document], values: Float[torch.Tensor, " words"], contexts: int) -> Description:
-    fires = values > 0
+    active = values > 0
     words = torch.cat([part.tokens[part.usable] for part in text])
     following = torch.cat([part.tokens.roll(-1)[part.usable] for part in text])
     followed = torch.cat([part.followed for part in text])
-    on, before = _best_word(words, fires), _best_word(following[followed], fires[followed])
+    on, before = _best_word(words, active), _best_word(following[followed], active[followed])
     f1, word, label = max((*on, "on"), (*before, "before"))
     places = [(part.tokens, position) for part in text for (position,) in part.usable.nonzero().tolist()]
     alike = (values / values.amax().clamp(min=1e-30)).round(decimals=4)  # else rounding errors would order equal activations
-    strongest = alike.masked_fill(~fires, -1).argsort(descending=True, stable=True)[: int(fires.sum())].tolist()
+    strongest = alike.masked_fill(~active, -1).argsort(descending=True, stable=True)[: int(active.sum())].tolist()
     distinct: dict[str, int] = {}
     for index in strongest[: MANY * contexts]:
         distinct.setdefault(_context(tokenizer, *places[index]), index)
@@ -340,8 +340,8 @@ def _describe(tokenizer: Any, text: list[Document], values: Float[torch.Tensor, 
         label=label,
         word=tokenizer.decode([word]).strip() if f1 else "",
         f1=f1,
-        fired=int(fires.sum()),
-        positions=len(fires),
+        fired=int(active.sum()),
+        positions=len(active),
         contexts=tuple(distinct)[:contexts],
         examples=tuple(_example(tokenizer, places, values, index) for index in list(distinct.values())[:contexts]),
     )
@@ -358,10 +358,10 @@ def _example(
     return Example(tokens, tuple(values[shown].tolist()), float(values[index]))
 
 
-def _best_word(words: torch.Tensor, fires: torch.Tensor) -> tuple[float, int]:
+def _best_word(words: torch.Tensor, active: torch.Tensor) -> tuple[float, int]:
     count = torch.bincount(words, minlength=1)  # there may be no words, because a text of one word has no next word
-    hits = torch.bincount(words[fires], minlength=len(count))
-    f1 = 2 * hits / (count + fires.sum()).clamp(min=1)
+    hits = torch.bincount(words[active], minlength=len(count))
+    f1 = 2 * hits / (count + active.sum()).clamp(min=1)
     return float(f1.max()), int(f1.argmax())
 
 

@@ -142,11 +142,7 @@ class Measure:
         wrong: Sequence[int],
         clean: Float[torch.Tensor, "1 d_vocab"] | None = None,
     ) -> Float[torch.Tensor, " rows"]:
-        """Compute the metric of logits at the answer position, as float64 on the CPU.
-
-        Raises:
-            FeatpatchError: see `of`.
-        """
+        """Compute the metric as `of` does, without its gradient and as float64 on the CPU."""
         return self.of(logits, correct, wrong, clean).detach().to("cpu", torch.float64)
 
 
@@ -167,11 +163,7 @@ class Measures:
         return any(part.needs == "clean" for part in self.parts)
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
-        """Return the token ids whose logits any of the metrics needs; None for the whole vocabulary.
-
-        Raises:
-            FeatpatchError: see `Measure.columns`.
-        """
+        """Return the token ids whose logits any of the metrics needs, as `Measure.columns` does for one."""
         whole = [part.columns(correct, wrong) is None for part in self.parts]
         return None if any(whole) else (*correct, *wrong)
 

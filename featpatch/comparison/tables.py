@@ -82,10 +82,10 @@ class ContributionTables:
         sources = [node for node in _ranked(components, effects[0]) if _writer(node) in able][:top]
         targets = [node for node in _ranked(features.where(kind="feature"), effects[0]) if node.sae in stream][:top]
         known = _Known.of(features.whole, components.whole, effects)
-        behind, into = _behind(writers, sources, stream, known), _into(writers, targets, stream)
-        answers = measure(writers, pairs, [*behind, *into])
-        through = [row for of_one in zip(behind, answers[: len(behind)], strict=True) for row in _rows(*of_one, top)]
-        written = [row for of_one in zip(into, answers[len(behind) :], strict=True) for row in _rows(*of_one, None)]
+        downstream, upstream = _downstream(writers, sources, stream, known), _upstream(writers, targets, stream)
+        answers = measure(writers, pairs, [*downstream, *upstream])
+        through = [row for of_one in zip(downstream, answers[: len(downstream)], strict=True) for row in _rows(*of_one, top)]
+        written = [row for of_one in zip(upstream, answers[len(downstream) :], strict=True) for row in _rows(*of_one, None)]
         return cls(
             known.frame([row for node in sources for row in _of_component(through, node)[:top]]),
             known.frame([row for node in targets for row in _of_feature(written, node)]),
@@ -130,7 +130,7 @@ def _writer(node: Node) -> Writer:
     return Writer(sites.component(layer, "z") if is_result else node.site, node.kind, node.index)
 
 
-def _behind(writers: Writers, sources: list[Node], stream: dict[str, Dictionary], known: "_Known") -> list[Question]:
+def _downstream(writers: Writers, sources: list[Node], stream: dict[str, Dictionary], known: "_Known") -> list[Question]:
     """Ask for the contributions of components to all features with an effect that are downstream, for each position."""
     questions = []
     for position in dict.fromkeys(node.position for node in sources):
@@ -141,7 +141,7 @@ def _behind(writers: Writers, sources: list[Node], stream: dict[str, Dictionary]
     return questions
 
 
-def _into(writers: Writers, targets: list[Node], stream: dict[str, Dictionary]) -> list[Question]:
+def _upstream(writers: Writers, targets: list[Node], stream: dict[str, Dictionary]) -> list[Question]:
     """Ask for the contributions of all upstream writers to each of the features."""
     groups: dict[tuple[str, Position], list[int]] = {}
     for node in targets:

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from featpatch.effects import frames, storage
-from featpatch.effects.audit import Audit, audited
+from featpatch.effects.audit import Array, Audit, audited
 from featpatch.effects.frames import SPLITS, TOP, Stability, split_half
 from featpatch.effects.grid import Grid, chosen, grid
-from featpatch.effects.measured import Array, Measured
+from featpatch.effects.measured import Measured
 from featpatch.effects.plots import Plots
 from featpatch.effects.selection import WHERE_CHANGED, By, least_to_sort, measured_effect, sorting
 from featpatch.effects.statistics import check_threshold, quadrant_labels

@@ -261,12 +261,9 @@ def _even(difference: float) -> Outcome:
 
 def _start(pair: Pair, first: int | None, tokenizer: Any) -> Outcome:
     if tokenizer is not None and is_padded(tokenizer, pair.clean, pair.corrupted):
-        surely = is_padded(tokenizer, pair.clean, pair.corrupted, surely=True)
-        return (
-            ("fail", "begins or ends with padding")
-            if surely
-            else ("warn", "begins or ends with a token that is also the padding token")
-        )
+        if is_padded(tokenizer, pair.clean, pair.corrupted, surely=True):
+            return "fail", "begins or ends with padding"
+        return "warn", "begins or ends with a token that is also the padding token"
     begins = _word(pair.clean[0], tokenizer)
     if first is None or pair.clean[0] == first:
         return "pass", f"begins with {begins}"

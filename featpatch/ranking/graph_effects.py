@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
 from featpatch import sites
+from featpatch.effects.audit import Array
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted
 from featpatch.frame import Frame
 from featpatch.model.lens import Lens
@@ -26,13 +26,11 @@ from featpatch.tracing.prompt import prompt_of
 from featpatch.tracing.result import AttributionGraph
 from featpatch.untrusted import in_figure, visible
 
-Numbers = NDArray[np.float64]
-
 NAMED = 8
 """The number of nodes with the largest exact effects that are named in a figure."""
 
 ROWS = 64
-"""Maximum number of sources that are ablated in one forward pass."""
+"""The largest number of sources that are ablated in one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,11 @@ class GraphEffects:
 
     nodes: tuple[Node, ...]
     names: tuple[str, ...]
-    influence: Numbers
-    predicted: Numbers
-    exact: Numbers
+    influence: Array
+    predicted: Array
+    exact: Array
     edges: tuple[EdgeEffect, ...]
-    swapped: Numbers | None = None
+    swapped: Array | None = None
 
     @property
     def spearman(self) -> float:
@@ -97,9 +95,9 @@ class GraphEffects:
         return _spearman(self.predicted, self.exact)
 
     @property
-    def overrated(self) -> Numbers:
+    def overrated(self) -> Array:
         """The number of ranks that each node is higher by influence than by the size of its exact effect; negative if lower."""
-        found: Numbers = rankdata(-abs(self.exact)) - rankdata(-self.influence)
+        found: Array = rankdata(-abs(self.exact)) - rankdata(-self.influence)
         return found
 
     def to_pandas(self, n: int | None = None) -> Any:
@@ -145,7 +143,7 @@ class GraphEffects:
         )
 
 
-def _spearman(one: Numbers, other: Numbers) -> float:
+def _spearman(one: Array, other: Array) -> float:
     return float(spearmanr(one, other).statistic) if len(one) > 1 and np.ptp(one) and np.ptp(other) else float("nan")
 
 

@@ -210,7 +210,7 @@ def group_features(
         members are active, or before which they are.
 
     Raises:
-        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+        FeatpatchError: the input is unusable; the message gives the value, what was expected and what to do next.
 
     Examples:
         >>> groups = fp.group_features(model, saes, pairs, effects.top(20), similarity="decoder", size=5, progress=False)

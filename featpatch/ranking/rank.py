@@ -109,7 +109,7 @@ def rank_features(
         activation (the error left by the number of steps). It is None for `"grad_drop"`.
 
     Raises:
-        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+        FeatpatchError: the input is unusable; the message gives the value, what was expected and what to do next.
 
     Examples:
         >>> effects = fp.rank_features(model, saes, pairs, positions=["S2"], progress=False)
@@ -174,7 +174,7 @@ def rank_components(
         One row per component (and position) that differs in at least one pair, of kind `activation`, `head` or `neuron`.
 
     Raises:
-        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+        FeatpatchError: the input is unusable; the message gives the value, what was expected and what to do next.
 
     Examples:
         >>> heads = fp.rank_components(model, pairs, sites="z", positions=["end"], progress=False)
@@ -245,7 +245,7 @@ def rank_paths(
         name the route, which is also `metadata["route"]`.
 
     Raises:
-        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+        FeatpatchError: the input is unusable; the message gives the value, what was expected and what to do next.
 
     Examples:
         >>> senders = fp.rank_components(model, pairs, sites="z", positions=["end"], progress=False).top(2)
@@ -302,7 +302,7 @@ def check_estimation(method: str, metric: Metrics, directions: Sequence[Directio
         options: arguments that only exact runs have, by name; None if they are not given.
 
     Raises:
-        FeatpatchError: if the method is unknown, the metric has no gradient, or an option of exact runs is given.
+        FeatpatchError: the method is unknown, the metric has no gradient, or an option of exact runs is given.
     """
     if method == "exact":
         return

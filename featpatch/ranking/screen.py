@@ -47,7 +47,7 @@ class Screen:
         seed: the seed of the random sample.
 
     Raises:
-        FeatpatchError: if a number is out of range, or a method is unknown or given twice.
+        FeatpatchError: a number is out of range, or a method is unknown or given twice.
 
     Examples:
         >>> screen = fp.Screen(k=20, audit=80)
@@ -101,7 +101,7 @@ def screened(
         run: runs a study.
 
     Raises:
-        FeatpatchError: if the input is unusable, or `top` exceeds the number of nodes patched because of their estimates.
+        FeatpatchError: the input is unusable, or `top` exceeds the number of nodes patched because of their estimates.
     """
     estimate, nodes = estimates[0], by_best_rank(estimates)
     first, rest = nodes[: screen.k], nodes[screen.k :]
@@ -190,16 +190,8 @@ def _noted(table: Effects, order: Sequence[Node], estimate: Effects, about: dict
     at = {node: number for number, node in enumerate(estimate.nodes)}
     beside = [at[node] for node in ordered.nodes]
     estimates = {effect: estimate.pooled(effect)[beside].tolist() for effect in EFFECTS if effect in estimate.directions_run()}
-    screening = {**about, "estimates": estimates}
-    return _replaced(
-        ordered,
-        {
-            **table.metadata,
-            "sites": estimate.metadata.get("sites", []),
-            "screening": screening,
-            "rows_ranked": about["candidates"],
-        },
-    )
+    noted = {"screening": {**about, "estimates": estimates}, "rows_ranked": about["candidates"]}
+    return _replaced(ordered, {**table.metadata, "sites": estimate.metadata.get("sites", []), **noted})
 
 
 def _replaced(table: Effects, metadata: dict[str, Any]) -> Effects:

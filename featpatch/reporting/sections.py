@@ -349,17 +349,12 @@ def _said(thresholds: list[list[float]], share: float) -> str:
     )
 
 
-def _place_names(frame: pd.DataFrame) -> list[str]:
-    """Return short names of the rows of `Effects.sites`, with the SAE where several write to one hook point."""
-    nodes = [Node(row["site"], "activation", None, row["position"], row["sae"]) for _, row in frame.iterrows()]
-    return short_names(nodes)
-
-
 def _sites(effects: Effects) -> Section | None:
     frame = effects.sites()
     if not len(frame):
         return None
-    run, names = effects.directions_run(), _place_names(frame)
+    run = effects.directions_run()
+    names = short_names([Node(row["site"], "activation", None, row["position"], row["sae"]) for _, row in frame.iterrows()])
     sizes = frame[[f"{effect}_activation" for effect in run]].abs().max(axis=1).to_numpy()
     chosen = np.sort(np.argsort(-sizes, kind="stable")[:PLACES])
     nan = float("nan")
@@ -455,13 +450,10 @@ def _by_tag(effects: Effects, tag: str) -> pd.DataFrame:
 
 
 def _provenance(effects: Effects) -> Section:
-    facts = [(name, _plain(value)) for name, value in effects.about().items()]
+    about = effects.about().items()
+    facts = [(name, value if isinstance(value, str) else json.dumps(value, sort_keys=True)) for name, value in about]
     facts.append(
         ("intervals", f"{CONFIDENCE:.0%}, bootstrap over pairs, expanded percentiles, {RESAMPLES} resamples, seed {SEED}")
     )
     facts.append(("report written", datetime.now(timezone.utc).isoformat(timespec="seconds")))
     return Section("provenance", "Provenance", "", [block("facts.html", facts=facts)])
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -190,20 +190,20 @@ VERDICTS = {
 }
 """What the quadrant of features that are patched together says about them."""
 
-FIRING = 3
-"""The largest number of features for which a conclusion says what they fire on."""
+EXAMPLES = 3
+"""The largest number of features for which a conclusion says what activates them."""
 
 STEPS = 8
 """The largest number of steps of a selection that are shown."""
 
 
-def selected_together(chosen: Selection, place: str, fires: Sequence[Description]) -> str:
-    """Return what selected features do together and fire on, as a paragraph.
+def selected_together(chosen: Selection, place: str, described: Sequence[Description]) -> str:
+    """Return what selected features do together and what activates them, as a paragraph.
 
     Args:
         chosen: the features, with the effects of the growing sets in both directions.
         place: where they are, in words.
-        fires: the descriptions of the features, in the same order.
+        described: the descriptions of the features, in the same order.
     """
     count, last = len(chosen.features), chosen.effects.take([len(chosen.effects) - 1])
     recovery, degradation = (_percent(last, effect) for effect in last.directions_run())
@@ -214,8 +214,8 @@ def selected_together(chosen: Selection, place: str, fires: Sequence[Description
         f"is lost without {them}: {they_are} {VERDICTS[last.quadrants()[0]]}."
     )
     examples = [
-        f'{index} on "{each.contexts[0]}"' for index, each in zip(chosen.features, fires, strict=True) if each.contexts
-    ][:FIRING]
+        f'{index} on "{each.contexts[0]}"' for index, each in zip(chosen.features, described, strict=True) if each.contexts
+    ][:EXAMPLES]
     return f"{said} Most active: {', '.join(examples)}." if examples else said
 
 
@@ -235,11 +235,11 @@ def steps(chosen: Selection) -> str:
     return f"features needed {aim}, chosen one by one on these pairs: {' + '.join(shown)}"
 
 
-def firing(fires: Mapping[Node, Description]) -> list[str]:
+def detected(described: Mapping[Node, Description]) -> list[str]:
     """Return a line for each feature that says which word it detects, with the example that activates it most."""
     return [
         f"{short_dictionary(node.sae)} {node.index}: {each.best}" + (f', such as "{each.contexts[0]}"' if each.contexts else "")
-        for node, each in fires.items()
+        for node, each in described.items()
     ]
 
 

@@ -185,7 +185,7 @@ def dose_response(
         doses that are finished.
 
     Raises:
-        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+        FeatpatchError: the input is unusable; the message gives the value, what was expected and what to do next.
         KeyboardInterrupt: after Ctrl-C before the first dose is finished.
 
     Examples:

@@ -140,7 +140,7 @@ def steer(
         A counter of how often the change was applied: once for each hook point and call of the model.
 
     Raises:
-        FeatpatchError: if the input is unusable, a feature is never active in the reference, the model's prompts don't fit the
+        FeatpatchError: the input is unusable, a feature is never active in the reference, the model's prompts don't fit the
             positions or the mask, an SAE writes before it has read everything, another `fp.do` or `fp.steer` on this model has
             not ended, or the model was never called.
 

@@ -144,7 +144,8 @@ def verify(root: Path) -> None:
         path = root / name
         if not path.is_file():
             raise FeatpatchError(
-                f"checkpoint file {str(path)!r} is missing: restore it (git checkout checkpoints, or reinstall)"
+                f"checkpoint file {str(path)!r} is missing: expected every file that ships with featpatch; restore it (git "
+                "checkout checkpoints, or reinstall)"
             )
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != expected:

@@ -101,11 +101,11 @@ class Node:
             raise FeatpatchError(f"node kind {self.kind!r} is unknown: expected one of {', '.join(KINDS)}")
         if (self.index is not None) != (self.kind in INDEXED):
             raise FeatpatchError(
-                f"a node of kind {self.kind!r} got index {self.index}: {', '.join(INDEXED)} need an index >= 0, and other "
-                "kinds have none"
+                f"a node of kind {self.kind!r} got index {self.index}: expected an index, 0 or more, for {', '.join(INDEXED)}, "
+                "and none for other kinds"
             )
         if self.index is not None and self.index < 0:
-            raise FeatpatchError(f"{self.kind} index {self.index} is negative: {self.kind}s are counted from 0")
+            raise FeatpatchError(f"{self.kind} index {self.index} is negative: expected 0 or more, the number of a {self.kind}")
         for name in ("index", "position"):  # neither may exceed what arrays can hold, and NumPy's integers can't be saved
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):

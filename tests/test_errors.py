@@ -92,7 +92,7 @@ def test_pairs_files(tmp_path: Any, content: str, message: str) -> None:
 
 
 def test_a_missing_pairs_file() -> None:
-    with pytest.raises(fp.FeatpatchError, match="there is no pairs file 'nowhere.jsonl': give"):
+    with pytest.raises(fp.FeatpatchError, match="there is no pairs file 'nowhere.jsonl': expected a JSON-lines file"):
         fp.Pairs.from_jsonl(words, "nowhere.jsonl")
 
 
@@ -218,7 +218,7 @@ def test_a_model_in_training_mode() -> None:
             rf"feature {FEATURES} of .* is out of range: expected 0 to {FEATURES - 1}",
         ),
         (lambda: fp.Node(SITE, "feature", -1), r"feature index -1 is negative"),
-        (lambda: fp.Node(SITE, "feature"), r"kind 'feature' got index None: feature, head, .* need an index"),
+        (lambda: fp.Node(SITE, "feature"), r"kind 'feature' got index None: expected an index, 0 or more, for feature, head, "),
         (lambda: fp.Node(SITE, "error", 3), r"kind 'error' got index 3"),
         (lambda: fp.Node(SITE, "error", None, 7), r"is outside a prompt of 7 tokens: expected 0 to 6"),
         (lambda: fp.Node(SITE, "error", None, "S2"), r"is at a label: expected a token index"),

@@ -146,7 +146,7 @@ IMPORTERS = ["from_jsonl", "from_csv", "from_feature_circuits", "from_eap_ig", "
 @pytest.mark.parametrize("importer", IMPORTERS)
 def test_files_that_can_not_be_read(words: Any, tmp_path: Path, importer: str) -> None:
     read = getattr(fp.Pairs, importer)
-    with pytest.raises(fp.FeatpatchError, match=r"there is no pairs file 'nowhere': give the path of a "):
+    with pytest.raises(fp.FeatpatchError, match=r"there is no pairs file 'nowhere': expected a "):
         read(words, "nowhere")
     (tmp_path / "p").write_bytes(b"clean,\xff\n")
     with pytest.raises(fp.FeatpatchError, match=r"p' is not UTF-8 \(.*0xff.*\): expected UTF-8 text; save it"):

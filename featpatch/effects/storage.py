@@ -108,7 +108,7 @@ def load(path: Path) -> list[dict[str, Any]]:
         for table, (m, spread) in zip(tables, spreads.items(), strict=True):
             check_columns(table, len(nodes))
             if any(column.shape != (len(nodes),) or column.dtype != np.float64 for column in spread.values()):
-                raise FeatpatchError(f"the spread of {m} does not have {len(nodes)} float64 values, one per row")
+                raise FeatpatchError(f"the spread of {m} does not fit: expected {len(nodes)} float64 values, one per row")
             if spread and not _draws(metadata.get("noise")):
                 raise FeatpatchError(f"noise is {_short(metadata.get('noise'))}: expected its number of draws")
             table["spread"] = spread

@@ -43,7 +43,7 @@ def opened(path: str | Path, kind: str) -> Iterator[TextIO]:
     """
     path = as_path(path)
     if not path.is_file():
-        raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of {kind}")
+        raise FeatpatchError(f"there is no pairs file {str(path)!r}: expected {kind}; check the path")
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             yield file

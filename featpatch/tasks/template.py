@@ -51,10 +51,8 @@ def draft(
     Args:
         template: a text with slots in braces.
         clean, corrupted: the word for each slot of the two prompts.
-        correct, wrong: right and wrong words after the clean prompt.
+        correct, wrong, tags, glued: as in `Draft`.
         labels: the slots that become labels of the pair.
-        tags: a description of how the pair is made.
-        glued: whether the answer follows without a space.
     """
     (one, here), (other, there) = fill(template, clean), fill(template, corrupted)
     ends = {label: (here[label], there[label]) for label in labels}

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn.utils.rnn import pad_sequence
 
-from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers, listed
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.page.page import block
+from featpatch.pairs.likelihood import TOKENS
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_tokenizer, prompt_ids, special_positions
 from featpatch.sae.dictionary import Dictionary, dictionaries
@@ -27,8 +28,6 @@ from featpatch.untrusted import visible
 
 CONTEXT = 5
 """The number of tokens shown before the one on which a feature is active."""
-TOKENS = 1024
-"""The largest number of tokens of several texts that share a forward pass."""
 MANY = 10
 """The number of positions considered for each max-activating example, so that the examples differ."""
 ACTIVE = 10
@@ -217,11 +216,10 @@ def _warn(descriptions: Mapping[Node, Description]) -> None:
     positions = next((found.positions for found in descriptions.values()), POSITIONS)
     few = [node for node, found in descriptions.items() if found.fired < ACTIVE or positions < POSITIONS]
     if few:
-        named = "; ".join(f"{node.sae} feature {node.index} ({descriptions[node].fired})" for node in few[:NAMED])
-        more = f" and {len(few) - NAMED} more" if len(few) > NAMED else ""
+        named = listed([f"{node.sae} feature {node.index} ({descriptions[node].fired})" for node in few], NAMED, "; ")
         warnings.warn(
             f"there is too little text to describe {len(few)} of {len(descriptions)} features reliably: it has {positions:,} "
-            f"positions, and these features are active at the number of positions in brackets: {named}{more}; expected at "
+            f"positions, and these features are active at the number of positions in brackets: {named}; expected at "
             f"least {ACTIVE} active positions per feature and {POSITIONS} positions in all; give more text that resembles "
             "the pairs",
             FeatpatchWarning,

@@ -1,4 +1,4 @@
-"""The package's one error class, argument checks that many functions share, and phrases of messages.
+"""The package's one error class, argument checks that many functions share, and counts and lists as phrases.
 
 Every message of an error names the value that was given, what was expected, and what to do next.
 """
@@ -107,3 +107,8 @@ def each(make: Callable[..., T], *columns: Sequence[Any], where: Sequence[str] |
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, which gets an s unless the number is 1: `1 pair`, `2 pairs`, `1,000 pairs`."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def listed(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Return the first names as a list in words, with the number of further names: `a, b and 3 more`."""
+    return separator.join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

@@ -12,7 +12,7 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import INSPECT, START, app, bars, clear_errors, console
 from featpatch.cli.output import in_json
-from featpatch.errors import FeatpatchError, counted
+from featpatch.errors import FeatpatchError, counted, listed
 from featpatch.files import check_writable, write_csv
 
 
@@ -236,5 +236,4 @@ def _line(shown: Any) -> str:
     """Format a field of a pair as one line."""
     if isinstance(shown, dict):
         return ", ".join(f"{label} {position}" for label, position in shown.items())
-    more = len(shown) - ANSWERS
-    return shown if isinstance(shown, str) else ", ".join(shown[:ANSWERS]) + (f" and {more} more" if more > 0 else "")
+    return shown if isinstance(shown, str) else listed(shown, ANSWERS)

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 from featpatch import sites
 from featpatch.comparison.tables import ContributionTables
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, listed
 from featpatch.frame import Frame, text
 from featpatch.nodes import Effect
 from featpatch.pairs.pairs import Pairs
@@ -122,13 +122,7 @@ def _places(rows: pd.DataFrame) -> str:
     positions: dict[str, dict[str, None]] = defaultdict(dict)
     for site, position in zip(rows["site"], rows["position"], strict=True):
         positions[site][str(position)] = None
-    shown = [f"{site} ({_listed(list(of))})" for site, of in positions.items()]
-    return _listed(shown) if shown else "none"
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Return the first names as a list in words, with the number of further names."""
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    return listed([f"{site} ({listed(list(of), LISTED)})" for site, of in positions.items()], LISTED) or "none"
 
 
 def _advice(features: pd.DataFrame) -> str:

@@ -196,6 +196,7 @@ def _apart(intervals: list[NDArray[Any]]) -> NDArray[np.bool_]:
 
 SPLITS = 100
 TOP = 20
+"""The default length of a ranking that something is said about: its stability, and what screening missed."""
 LEAST_PAIRS = 4
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from operator import index
 from typing import Any, SupportsIndex, cast
 
-from featpatch.errors import MAX_INTEGER, FeatpatchError, FeatpatchWarning, check_kinds, is_integer
+from featpatch.errors import MAX_INTEGER, FeatpatchError, FeatpatchWarning, check_kinds, is_integer, listed
 from featpatch.nodes import Position
 from featpatch.pairs.tokens import plain_integers
 from featpatch.untrusted import visible
@@ -279,8 +279,7 @@ def _checked_labels(labels: Mapping[str, Any], n: int) -> dict[str, LabelPositio
 
 def _shown(answers: Sequences) -> str:
     """Return the token ids of the first three answers as text."""
-    more = f" and {len(answers) - 3} more" if len(answers) > 3 else ""
-    return ", ".join(" ".join(map(str, ids)) for ids in answers[:3]) + more or "none"
+    return listed([" ".join(map(str, ids)) for ids in answers], 3) or "none"
 
 
 def check_answers(pair: Pair, metrics: Sequence[str]) -> None:

@@ -11,13 +11,12 @@ import numpy as np
 from featpatch.attribution.gradients import check_method
 from featpatch.effects.audit import needed, provable, sample_sizes, without_estimates
 from featpatch.effects.collector import concatenated
+from featpatch.effects.frames import TOP
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers, is_number
 from featpatch.nodes import EFFECTS, RANKED, Node
 from featpatch.patching.study import Study
 
-TOP = 20
-"""The default length of the ranking that a target refers to."""
 NEARLY_ALL = 0.8
 """The share of the candidates above which the full sweep costs hardly more than a screened one."""
 USEFUL = 0.5

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from featpatch import sites
+from featpatch.effects.collector import check_saes
 from featpatch.effects.grid import measured
 from featpatch.effects.plots import tick
 from featpatch.effects.table import Effects
@@ -226,12 +227,7 @@ def _effects(
         FeatpatchError: the table is of other SAEs, or at labels while the prompt is a text.
     """
     known = effects.metadata.get("saes", {})
-    for dictionary in found:
-        if known.get(dictionary.name) not in (None, dictionary.digest()):
-            raise FeatpatchError(
-                f"the SAE {dictionary.name!r} differs from that of the effects: expected the same weights; pass the SAE that "
-                "was ranked"
-            )
+    check_saes(effects, {each.name: each.digest() for each in found if each.name in known})
 
     def tokens(position: Position) -> Sequence[int]:
         inside = isinstance(position, int) and -length <= position < length

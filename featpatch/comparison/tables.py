@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from featpatch import sites
 from featpatch.comparison.writers import Contributions, Question, Writer, Writers, measure
+from featpatch.effects.collector import check_saes
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.frame import Frame
@@ -110,13 +111,7 @@ def _check_origin(features: Effects, model: str, found: list[Dictionary], pairs:
         raise FeatpatchError(
             "the model's weights differ from those of the tables: expected the same weights; pass the model that was ranked"
         )
-    ranked = features.metadata.get("saes", {})
-    for dictionary in found:
-        if ranked.get(dictionary.name) != dictionary.digest():
-            raise FeatpatchError(
-                f"SAE {dictionary.name!r} is not one of those that were ranked: expected the SAEs {', '.join(ranked)}, with "
-                "the same weights; pass those"
-            )
+    check_saes(features, {each.name: each.digest() for each in found})
 
 
 def _ranked(table: Effects, effect: Effect) -> tuple[Node, ...]:

@@ -16,6 +16,7 @@ from featpatch.circuits.circuit import Circuit
 from featpatch.comparison.compare import compare
 from featpatch.descriptions import READ, check_texts, documents_of, read_features
 from featpatch.diagram.viewers import sections
+from featpatch.effects.collector import check_saes
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.files import check_writable
@@ -260,12 +261,7 @@ def _cards(
         FeatpatchError: the SAEs are not those of the effects.
     """
     by_name = {dictionary.name: dictionary for dictionary in found}
-    known = effects.metadata.get("saes", {})
-    if any(known.get(name) != dictionary.digest() for name, dictionary in by_name.items()):
-        raise FeatpatchError(
-            f"the SAEs {', '.join(by_name)} differ from those of the effects: expected some of {', '.join(known)}, with the "
-            "same weights; pass those"
-        )
+    check_saes(effects, {name: dictionary.digest() for name, dictionary in by_name.items()})
     nodes = dict.fromkeys(n for e in effects.directions_run() for n in effects.top(top, by=e, kind="feature").nodes)
     rows = {node: row for row, node in enumerate(effects.nodes)}
 

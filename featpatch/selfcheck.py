@@ -181,11 +181,7 @@ def _of_equal_length(pair: Pair) -> Pair:
 
 @dataclass(frozen=True)
 class Explained:
-    """Measurements of a dictionary at its hook points.
-
-    Attributes:
-        explained_variance, l0, identity, whole_site: as in `Fit`.
-    """
+    """Measurements of a dictionary at its hook points, see `Fit`."""
 
     explained_variance: float
     l0: float
@@ -261,10 +257,7 @@ def _readable(lens: Lens, pair: Pair, hooks: list[str]) -> list[str]:
 
 
 def _near(lens: Lens, dictionary: Dictionary) -> list[Dictionary]:
-    """Return copies of a dictionary at other hook points.
-
-    These are all hook points of its own layer and the two adjacent ones, and the same hook point of all other layers.
-    """
+    """Return copies of a dictionary at other hook points of its and the adjacent layers, and at its own one of all layers."""
     layer, name = sites.layer_of(dictionary.reads), sites.within(dictionary.reads)
     return [
         place
@@ -394,8 +387,7 @@ def _remarks(lens: Lens, dictionary: Dictionary, pairs: Pairs, done: Iterable[st
         yield f"it was trained on contexts of {said.context_size} tokens, and the longest prompt has {longest}"
     if said.prepend_bos and not all(0 in pair.special for pair in pairs):
         yield "it was trained with BOS at the start, which some prompts lack"
-    other = _other_weights(dictionary, done)
-    if other:
+    if other := _other_weights(dictionary, done):
         yield other
     if short:
         yield (

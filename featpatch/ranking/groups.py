@@ -10,6 +10,7 @@ the corrupted run is repaired (interaction < 0: redundant). Members that are onl
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -151,7 +152,7 @@ class Groups:
         return f"{self._title()}\n{text(self._brief())}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self._title()}</p>{self._brief().to_html(index=False, max_rows=20, float_format='{:.3g}'.format)}"
+        return f"<p>{escape(self._title())}</p>{self._brief().to_html(index=False, max_rows=20, float_format='{:.3g}'.format)}"
 
     def _title(self) -> str:
         size = f"{counted(len(self), 'group')} of {counted(len(self.effects) - len(self), 'node')}"

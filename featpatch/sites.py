@@ -274,7 +274,7 @@ def layer_of(site: str) -> int:
     match = LAYER.match(site)
     if match is None:
         raise FeatpatchError(
-            f"site {site!r} is not inside a layer: expected a hook point of a layer, such as {resid_pre(0)!r}, which holds "
+            f"hook point {site!r} is not inside a layer: expected one of a layer, such as {resid_pre(0)!r}, which holds "
             "the input of the first layer: the embedding with everything that the model applies to it, such as positions"
         )
     return int(match.group(1))
@@ -312,8 +312,8 @@ OUTPUTS = {"mlp.hook_out": "hook_mlp_out", "attn.hook_out": "hook_attn_out"}
 
 def of_output(name: str) -> str | None:
     """Return the hook point of what a module adds to the residual stream, given that of its output; None for other names."""
-    block, _, module = name.partition(".")[2].partition(".")
-    return f"blocks.{block}.{OUTPUTS[module]}" if name.startswith("blocks.") and module in OUTPUTS else None
+    inside = LAYER.match(name) is not None and within(name) in OUTPUTS
+    return f"blocks.{layer_of(name)}.{OUTPUTS[within(name)]}" if inside else None
 
 
 def canonical(name: str, hook_points: Mapping[str, object]) -> str:

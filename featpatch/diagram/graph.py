@@ -233,8 +233,8 @@ def layout(nodes: tuple[Node, ...]) -> Layout:
 
 def _bands(layers: list[float]) -> list[tuple[int, int]]:
     """Return the first and the last row of every other layer, given the layer of each row."""
-    blocks = [layer for layer in dict.fromkeys(layers) if 0 <= layer < float("inf")]
-    return [(layers.index(layer), layers.index(layer) + layers.count(layer) - 1) for layer in blocks[::2]]
+    inner = [layer for layer in dict.fromkeys(layers) if 0 <= layer < float("inf")]
+    return [(layers.index(layer), layers.index(layer) + layers.count(layer) - 1) for layer in inner[::2]]
 
 
 def _ordered(positions: list[Position]) -> list[Position]:

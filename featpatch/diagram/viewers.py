@@ -193,10 +193,9 @@ def _position(node: Node, n_tokens: int, labels: Mapping[str, int | tuple[int, .
 
 def _layers(said: Content) -> list[str]:
     """Return the layer of each node as text: E for the embedding, and for the output two more than the highest layer."""
-    blocks = [None if is_end(node) else sites.layer_of(node.site) for node in said.nodes]
-    above = max((block for block in blocks if block is not None), default=-1) + 2
+    above = max((sites.layer_of(node.site) for node in said.nodes if not is_end(node)), default=-1) + 2
     ends = {sites.EMBEDDING: "E", LOGITS: str(above)}
-    return [ends[node.site] if block is None else str(block) for node, block in zip(said.nodes, blocks, strict=True)]
+    return [ends[node.site] if is_end(node) else str(sites.layer_of(node.site)) for node in said.nodes]
 
 
 def _numbers(said: Content) -> list[int]:

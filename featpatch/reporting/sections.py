@@ -395,8 +395,8 @@ def _maps(effects: Effects, components: "Effects | None") -> Section | None:
         "Effects of components first, if they were ranked too; for heads and for features, the sum of their individual "
         "effects. Blue is positive, orange is negative; an empty cell holds no row."
     )
-    blocks = [Markup('<div class="columns">{}</div>').format(Markup("").join(charts))] if charts else []
-    return Section("maps", "Effects by layer and position", text, blocks) if blocks else None
+    side_by_side = Markup('<div class="columns">{}</div>').format(Markup("").join(charts))
+    return Section("maps", "Effects by layer and position", text, [side_by_side]) if charts else None
 
 
 def _height(site: str) -> tuple[int, int, str]:

@@ -12,6 +12,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
+from featpatch.errors import counted, listed
 from featpatch.model.transformer_lens import BridgeLens, wrap
 from featpatch.pairs.pair import spans
 
@@ -403,3 +404,8 @@ def test_rows_and_pairs_that_are_not_there(bridge: Small) -> None:
         effects.of_pairs([3])
     assert effects.of_pairs([0, 2]).metadata["of_pairs"] == [0, 2]
     assert " rows, of the gap</p>" in effects._repr_html_()
+
+
+def test_counts_and_lists_are_phrases() -> None:
+    assert [counted(number, "pair") for number in (0, 1, 1000)] == ["0 pairs", "1 pair", "1,000 pairs"]
+    assert [listed("abcd", most) for most in (2, 4)] == ["a, b and 2 more", "a, b, c, d"]

@@ -163,9 +163,6 @@ def by_tag(effects: Measured, tag: str, effect: Effect) -> pd.DataFrame:
 
     `depends` is True for a feature whose intervals under two values do not overlap. It is not a test with a controlled error
     rate: intervals over a few pairs are too narrow, and among thousands of features some intervals do not overlap by chance.
-
-    Raises:
-        FeatpatchError: no pair has the tag, or all have the same value of it.
     """
     table = _fields(effects.nodes)
     change, rows, ranked = effects.whole.changes(effect).toarray(), effects.rows_in_whole(), effects.whole.ranked
@@ -246,12 +243,7 @@ def split_half(change: NDArray[np.float64], gap: NDArray[np.float64], splits: in
     Args:
         change: the changes, `[features, pairs]`; features with missing values are left out.
         gap: the gaps, `[pairs]`.
-        splits: the number of splits.
-        top: the number of largest features whose overlap is measured.
-        seed: the seed of the random splits.
-
-    Raises:
-        FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
+        splits, top, seed: as in `Effects.stability`, which describes the errors too.
     """
     change = change[~np.isnan(change).any(axis=1)] * np.sign(gap.sum())
     features, pairs = change.shape

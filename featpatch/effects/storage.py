@@ -72,11 +72,7 @@ def save(effects: Measured, path: Path) -> Path:
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """Read a file and return the fields of one `Effects` per metric.
-
-    Raises:
-        FeatpatchError: the file is missing, damaged or not a table of effects.
-    """
+    """Read a file for `Effects.load`, which describes the errors, and return the fields of one `Effects` per metric."""
     if not path.is_file():
         raise FeatpatchError(f"there is no effects file {str(path)!r}: expected a file written by Effects.save; check the path")
     header: dict[str, str] = {}

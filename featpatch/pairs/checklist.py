@@ -339,11 +339,7 @@ def _word(token: int, tokenizer: Any) -> str:
 
 
 def without(pairs: Sequence[Pair], found: Checklist, dropped: str | Sequence[str]) -> tuple[Pair, ...]:
-    """Return the pairs whose worst status in a checklist is not among the dropped ones.
-
-    Raises:
-        FeatpatchError: a status is unknown, the checklist is of other pairs, or no pair is left.
-    """
+    """Return the pairs that are kept by `Pairs.drop`, which describes the arguments and errors."""
     check_kinds(Checklist, found=found)
     if len(found.clean) != len(pairs):
         raise FeatpatchError(

@@ -8,7 +8,7 @@ from importlib import import_module
 from rich.console import Console
 
 import featpatch as fp
-from featpatch.reporting.terminal import stability_table, totals
+from featpatch.reporting.terminal import totals
 
 SITES = ("blocks.1.hook_resid_pre", "blocks.3.hook_resid_post")
 METRICS = {"capitals": "logit_diff", "greater_than": "prob_diff", "ioi": "logit_diff", "sentiment": "logit_diff"}
@@ -24,7 +24,9 @@ def main(pairs: int = 32) -> None:
         found = drawn.check(demo.model, metric=metric)
         console.rule(task)
         console.print(totals(found))
-        console.print(stability_table(fp.rank_features(demo.model, saes, drawn.drop(found), metric=metric, progress=False)))
+        effects = fp.rank_features(demo.model, saes, drawn.drop(found), metric=metric, progress=False)
+        for effect in effects.directions_run():
+            console.print(f"{effect}: {effects.stability(effect)}")
 
 
 if __name__ == "__main__":

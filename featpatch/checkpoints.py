@@ -19,8 +19,7 @@ from featpatch.pairs.files import Rows, json_lines
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import plain_tokenizer
 from featpatch.sae.loading import load_sae
-
-TASKS = ("ioi", "capitals", "greater_than", "sentiment")
+from featpatch.tasks import TASKS
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,16 +139,13 @@ def folder() -> Path:
 
 
 def verify(root: Path) -> None:
-    """Check that every file has the digest that was recorded when it was made.
-
-    Raises:
-        FeatpatchError: a file is missing or differs.
-    """
+    """Raise a FeatpatchError unless every file is there and has the digest that was recorded when it was made."""
     for name, expected in json.loads((root / "digests.json").read_text(encoding="utf-8")).items():
         path = root / name
         if not path.is_file():
             raise FeatpatchError(
-                f"checkpoint file {str(path)!r} is missing: restore it (git checkout checkpoints, or reinstall)"
+                f"checkpoint file {str(path)!r} is missing: expected every file that ships with featpatch; restore it (git "
+                "checkout checkpoints, or reinstall)"
             )
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != expected:

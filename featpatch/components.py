@@ -43,11 +43,7 @@ ENTRY = re.compile(rf"(.+){ARROW}(.+)")
 
 
 def check_entry(node: Node) -> None:
-    """Check that a node whose position is an entry of an attention pattern is a head at the pattern.
-
-    Raises:
-        FeatpatchError: it is not, or it does not name two positions.
-    """
+    """Raise a FeatpatchError unless a node at an entry of an attention pattern is a head there and names two positions."""
     two = str(node.position).count(ARROW) == 1 and ENTRY.fullmatch(str(node.position))
     if node.kind != "head" or not is_component(node.site, "pattern") or not two:
         raise FeatpatchError(

@@ -14,24 +14,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn.utils.rnn import pad_sequence
 
-from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers, listed
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.page.page import block
+from featpatch.pairs.likelihood import TOKENS
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.tokens import PairsWarning, Tokenizer, prompt_ids, special_positions
+from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_tokenizer, prompt_ids, special_positions
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.sae.nodes import with_owner
 from featpatch.untrusted import visible
 
 CONTEXT = 5
 """The number of tokens shown before the one on which a feature is active."""
-TOKENS = 1024
-"""The largest number of tokens of several texts that share a forward pass."""
 MANY = 10
 """The number of positions considered for each max-activating example, so that the examples differ."""
-FIRINGS = 10
+ACTIVE = 10
 """The number of active positions below which a warning is given: the share of them on a given word is then uncertain by more
 than 0.3 (two standard errors)."""
 POSITIONS = 300
@@ -166,8 +165,7 @@ def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence
     """
     check_numbers(1, contexts=contexts)
     lens = wrap(model)
-    if getattr(model, "tokenizer", None) is None:
-        raise FeatpatchError("the model has no tokenizer: expected one, to tokenize the texts; pass it when you load the model")
+    check_tokenizer(lens.tokenizer, "to tokenize the texts")
     check_texts(texts)
     nodes = getattr(nodes, "nodes", nodes)
     if not isinstance(nodes, (list, tuple)) or not all(isinstance(node, Node) for node in nodes):
@@ -216,14 +214,13 @@ def read_words(
 def _warn(descriptions: Mapping[Node, Description]) -> None:
     """Issue a warning if descriptions are based on too little text."""
     positions = next((found.positions for found in descriptions.values()), POSITIONS)
-    few = [node for node, found in descriptions.items() if found.fired < FIRINGS or positions < POSITIONS]
+    few = [node for node, found in descriptions.items() if found.fired < ACTIVE or positions < POSITIONS]
     if few:
-        named = "; ".join(f"{node.sae} feature {node.index} ({descriptions[node].fired})" for node in few[:NAMED])
-        more = f" and {len(few) - NAMED} more" if len(few) > NAMED else ""
+        named = listed([f"{node.sae} feature {node.index} ({descriptions[node].fired})" for node in few], NAMED, "; ")
         warnings.warn(
             f"there is too little text to describe {len(few)} of {len(descriptions)} features reliably: it has {positions:,} "
-            f"positions, and these features are active at the number of positions in brackets: {named}{more}; expected at "
-            f"least {FIRINGS} active positions per feature and {POSITIONS} positions in all; give more text that resembles "
+            f"positions, and these features are active at the number of positions in brackets: {named}; expected at "
+            f"least {ACTIVE} active positions per feature and {POSITIONS} positions in all; give more text that resembles "
             "the pairs",
             FeatpatchWarning,
             stacklevel=4,
@@ -256,11 +253,7 @@ class Document:
 
 
 def check_texts(texts: Any) -> None:
-    """Check that texts are documents.
-
-    Raises:
-        FeatpatchError: they are not.
-    """
+    """Raise a FeatpatchError unless texts are documents."""
     listed = isinstance(texts, Iterable) and not isinstance(texts, str) and len(list(texts)) > 0
     if not listed or not all(isinstance(text, str) for text in texts):
         raise FeatpatchError(
@@ -329,15 +322,15 @@ def read_features(
 
 
 def _describe(tokenizer: Any, text: list[Document], values: Float[torch.Tensor, " words"], contexts: int) -> Description:
-    fires = values > 0
+    active = values > 0
     words = torch.cat([part.tokens[part.usable] for part in text])
     following = torch.cat([part.tokens.roll(-1)[part.usable] for part in text])
     followed = torch.cat([part.followed for part in text])
-    on, before = _best_word(words, fires), _best_word(following[followed], fires[followed])
+    on, before = _best_word(words, active), _best_word(following[followed], active[followed])
     f1, word, label = max((*on, "on"), (*before, "before"))
     places = [(part.tokens, position) for part in text for (position,) in part.usable.nonzero().tolist()]
     alike = (values / values.amax().clamp(min=1e-30)).round(decimals=4)  # else rounding errors would order equal activations
-    strongest = alike.masked_fill(~fires, -1).argsort(descending=True, stable=True)[: int(fires.sum())].tolist()
+    strongest = alike.masked_fill(~active, -1).argsort(descending=True, stable=True)[: int(active.sum())].tolist()
     distinct: dict[str, int] = {}
     for index in strongest[: MANY * contexts]:
         distinct.setdefault(_context(tokenizer, *places[index]), index)
@@ -345,8 +338,8 @@ def _describe(tokenizer: Any, text: list[Document], values: Float[torch.Tensor, 
         label=label,
         word=tokenizer.decode([word]).strip() if f1 else "",
         f1=f1,
-        fired=int(fires.sum()),
-        positions=len(fires),
+        fired=int(active.sum()),
+        positions=len(active),
         contexts=tuple(distinct)[:contexts],
         examples=tuple(_example(tokenizer, places, values, index) for index in list(distinct.values())[:contexts]),
     )
@@ -363,10 +356,10 @@ def _example(
     return Example(tokens, tuple(values[shown].tolist()), float(values[index]))
 
 
-def _best_word(words: torch.Tensor, fires: torch.Tensor) -> tuple[float, int]:
+def _best_word(words: torch.Tensor, active: torch.Tensor) -> tuple[float, int]:
     count = torch.bincount(words, minlength=1)  # there may be no words, because a text of one word has no next word
-    hits = torch.bincount(words[fires], minlength=len(count))
-    f1 = 2 * hits / (count + fires.sum()).clamp(min=1)
+    hits = torch.bincount(words[active], minlength=len(count))
+    f1 = 2 * hits / (count + active.sum()).clamp(min=1)
     return float(f1.max()), int(f1.argmax())
 
 

@@ -1,9 +1,10 @@
-"""The package's one error class, and argument checks that many functions share.
+"""The package's one error class, argument checks that many functions share, and counts and lists as phrases.
 
-Every message names the value that was given, what was expected, and what to do next.
+Every message of an error names the value that was given, what was expected, and what to do next.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import isfinite
 from numbers import Integral, Real
 from sys import float_info
@@ -55,11 +56,7 @@ def is_finite(value: object) -> TypeGuard[float]:
 
 
 def check_numbers(least: int, /, **given: object) -> None:
-    """Check that each argument is an integer from `least` to `MAX_INTEGER`, of Python or of NumPy.
-
-    Raises:
-        FeatpatchError: an argument is not such an integer.
-    """
+    """Raise a FeatpatchError unless each argument is an integer from `least` to `MAX_INTEGER`, of Python or of NumPy."""
     for name, value in given.items():
         if not is_integer(value) or value < least:
             raise FeatpatchError(f"{name}={value!r}: expected an integer, {least} or more")
@@ -68,26 +65,27 @@ def check_numbers(least: int, /, **given: object) -> None:
 
 
 def check_choices(known: Sequence[str], /, **given: object) -> None:
-    """Check that each argument is one of the known names.
-
-    Raises:
-        FeatpatchError: an argument is not.
-    """
+    """Raise a FeatpatchError unless each argument is one of the known names."""
     for name, value in given.items():
         if not isinstance(value, str) or value not in known:
             raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(known)}")
 
 
 def check_kinds(kind: type | tuple[type, ...], /, **given: object) -> None:
-    """Check that each argument is an instance of a class, or of one of several.
-
-    Raises:
-        FeatpatchError: an argument is of another type.
-    """
+    """Raise a FeatpatchError unless each argument is an instance of a class, or of one of several."""
     for name, value in given.items():
         if not isinstance(value, kind):
             names = [each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)) if each is not type(None)]
             raise FeatpatchError(f"{name} is of type {type(value).__name__}: expected {' or '.join(names)}")
+
+
+@contextmanager
+def errors_about(name: str) -> Iterator[None]:
+    """Put a name in front of the message of any FeatpatchError that is raised within the context."""
+    try:
+        yield
+    except FeatpatchError as error:
+        raise FeatpatchError(f"{name}: {error}") from error
 
 
 def each(make: Callable[..., T], *columns: Sequence[Any], where: Sequence[str] | None = None) -> tuple[T, ...]:
@@ -101,8 +99,16 @@ def each(make: Callable[..., T], *columns: Sequence[Any], where: Sequence[str] |
     """
     made = []
     for index, row in enumerate(zip(*columns, strict=True)):
-        try:
+        with errors_about(f"pair {index}" if where is None else where[index]):
             made.append(make(*row))
-        except FeatpatchError as error:
-            raise FeatpatchError(f"{f'pair {index}' if where is None else where[index]}: {error}") from error
     return tuple(made)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which gets an s unless the number is 1: `1 pair`, `2 pairs`, `1,000 pairs`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def listed(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Return the first names as a list in words, with the number of further names: `a, b and 3 more`."""
+    return separator.join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

@@ -167,15 +167,15 @@ def read_json(text: str) -> Any:
     """
     try:
         value = json.loads(text)
+        _check(value, MAX_DEPTH)
     except RecursionError as error:
         raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep") from error
-    _check(value, MAX_DEPTH)
     return value
 
 
 def _check(value: Any, depth: int) -> None:
     if not depth:
-        raise ValueError(f"lists and objects are nested more than {MAX_DEPTH} deep")
+        raise RecursionError
     if isinstance(value, str):
         value.encode()
     elif isinstance(value, (list, dict)):

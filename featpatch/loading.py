@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featpatch.errors import FeatpatchError, FeatpatchWarning, check_kinds
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_kinds, counted
 from featpatch.model.loading import load_model
 from featpatch.model.sources import loading_quietly
 from featpatch.pairs.pair import Pair
@@ -53,7 +53,7 @@ class Loaded:
     def __repr__(self) -> str:
         cfg = self.model.cfg
         name = getattr(cfg, "model_name", None) or type(self.model).__name__
-        said = f"{name}: {cfg.n_layers} layers of width {cfg.d_model}, {len(self.saes)} SAE{'s' * (len(self.saes) != 1)}"
+        said = f"{name}: {counted(cfg.n_layers, 'layer')} of width {cfg.d_model}, {counted(len(self.saes), 'SAE')}"
         more = [f"and {len(self.saes) - SHOWN} more"] if len(self.saes) > SHOWN else []
         fits = [] if self.check is None else [repr(self.check)]
         return visible("\n  ".join([said, *map(_shown, self.saes[:SHOWN]), *more, *fits]))

@@ -142,11 +142,7 @@ class Measure:
         wrong: Sequence[int],
         clean: Float[torch.Tensor, "1 d_vocab"] | None = None,
     ) -> Float[torch.Tensor, " rows"]:
-        """Compute the metric of logits at the answer position, as float64 on the CPU.
-
-        Raises:
-            FeatpatchError: see `of`.
-        """
+        """Compute the metric as `of` does, without its gradient and as float64 on the CPU."""
         return self.of(logits, correct, wrong, clean).detach().to("cpu", torch.float64)
 
 
@@ -167,11 +163,7 @@ class Measures:
         return any(part.needs == "clean" for part in self.parts)
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
-        """Return the token ids whose logits any of the metrics needs; None for the whole vocabulary.
-
-        Raises:
-            FeatpatchError: see `Measure.columns`.
-        """
+        """Return the token ids whose logits any of the metrics needs, as `Measure.columns` does for one."""
         whole = [part.columns(correct, wrong) is None for part in self.parts]
         return None if any(whole) else (*correct, *wrong)
 
@@ -262,9 +254,7 @@ def together(
     parts = tuple(find(one, refused, use) for one in several)
     names = [part.name for part in parts]
     if not names or len(set(names)) < len(names):
-        raise FeatpatchError(
-            f"metric={names}: expected at least one metric, and each name once; give each function a different name"
-        )
+        raise FeatpatchError(f"metric={names}: expected at least one metric, each name once; give functions different names")
     return Measures(parts)
 
 
@@ -289,11 +279,7 @@ def with_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> NDAr
 
 
 def check_gap(metric: str, clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> None:
-    """Check that the mean gap is large enough for a ratio.
-
-    Raises:
-        FeatpatchError: the mean of `clean - corrupted` is near zero.
-    """
+    """Raise a FeatpatchError if the mean gap, that of `clean - corrupted`, is too near zero for a ratio."""
     gap = float(np.mean(clean - corrupted))
     if abs(gap) <= NEAR_ZERO * size(clean, corrupted):
         raise FeatpatchError(

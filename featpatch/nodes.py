@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers, is_integer
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, is_integer
 from featpatch.untrusted import visible
 
 Kind = Literal["feature", "error", "all_features", "activation", "head", "neuron", "set", "random", "edge", "rest", "logit"]
@@ -101,11 +101,11 @@ class Node:
             raise FeatpatchError(f"node kind {self.kind!r} is unknown: expected one of {', '.join(KINDS)}")
         if (self.index is not None) != (self.kind in INDEXED):
             raise FeatpatchError(
-                f"a node of kind {self.kind!r} got index {self.index}: {', '.join(INDEXED)} need an index >= 0, and other "
-                "kinds have none"
+                f"a node of kind {self.kind!r} got index {self.index}: expected an index, 0 or more, for {', '.join(INDEXED)}, "
+                "and none for other kinds"
             )
         if self.index is not None and self.index < 0:
-            raise FeatpatchError(f"{self.kind} index {self.index} is negative: {self.kind}s are counted from 0")
+            raise FeatpatchError(f"{self.kind} index {self.index} is negative: expected 0 or more, the number of a {self.kind}")
         for name in ("index", "position"):  # neither may exceed what arrays can hold, and NumPy's integers can't be saved
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -195,16 +195,12 @@ def joint(nodes: Sequence[Node], number: int = 0, name: str = "") -> Node:
         name: the name of the patch; by default the number of nodes.
     """
     positions = {node.position for node in nodes}
-    named = name or f"{len(nodes)} {'node' if len(nodes) == 1 else 'nodes'}"
-    return Node(f"{named}{TOGETHER}", "set", number, positions.pop() if len(positions) == 1 else "(several)")
+    position = positions.pop() if len(positions) == 1 else "(several)"
+    return Node(f"{name or counted(len(nodes), 'node')}{TOGETHER}", "set", number, position)
 
 
 def check_senders(nodes: Sequence[Node]) -> None:
-    """Check that the logits, at which every path ends, are not among the senders of paths.
-
-    Raises:
-        FeatpatchError: they are.
-    """
+    """Raise a FeatpatchError if the logits, at which every path ends, are among the senders of paths."""
     if LOGITS in nodes:
         raise FeatpatchError(
             "'logits' is among the senders: expected it only among the receivers, because every path ends there"

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, counted
 from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
 from featpatch.model.loading import processing_steps
@@ -98,7 +98,7 @@ class Check:
             + (f"; {fit.misfit}" if fit.misfit else ".")
             for fit, claim in zip(self.fits, claims, strict=True)
         ]
-        said = f"check on {self.positions} positions of {self.model}, weights {self.weights}"
+        said = f"check on {counted(self.positions, 'position')} of {self.model}, weights {self.weights}"
         return visible("\n  ".join([said, *fits]))
 
     @property
@@ -157,7 +157,7 @@ def check(model: Any, saes: Any, pairs: Pairs) -> Check:
     if not runs.positions:
         raise FeatpatchError("the prompts hold only special tokens: expected words too; give other prompts")
     here = [_explained(dictionary, runs) for dictionary in loaded]
-    suspects = [dictionary for dictionary, own in zip(loaded, here, strict=True) if _suspect(dictionary, own.variance)]
+    suspects = [each for each, own in zip(loaded, here, strict=True) if _suspect(each, own.explained_variance)]
     near = _few(lens, [place for dictionary in suspects for place in _near(lens, dictionary)], pairs)
     fits = [_fit(lens, dictionary, own, runs, near, pairs, done) for dictionary, own in zip(loaded, here, strict=True)]
     return Check(lens.name, ", ".join(done) or "unprocessed", runs.positions, tuple(fits))
@@ -181,15 +181,9 @@ def _of_equal_length(pair: Pair) -> Pair:
 
 @dataclass(frozen=True)
 class Explained:
-    """Measurements of a dictionary at its hook points.
+    """Measurements of a dictionary at its hook points, see `Fit`."""
 
-    Attributes:
-        variance: the explained variance.
-        l0: the mean number of active features per position.
-        identity, whole_site: the deviations of `Fit`.
-    """
-
-    variance: float
+    explained_variance: float
     l0: float
     identity: float
     whole_site: float
@@ -263,10 +257,7 @@ def _readable(lens: Lens, pair: Pair, hooks: list[str]) -> list[str]:
 
 
 def _near(lens: Lens, dictionary: Dictionary) -> list[Dictionary]:
-    """Return copies of a dictionary at other hook points.
-
-    These are all hook points of its own layer and the two adjacent ones, and the same hook point of all other layers.
-    """
+    """Return copies of a dictionary at other hook points of its and the adjacent layers, and at its own one of all layers."""
     layer, name = sites.layer_of(dictionary.reads), sites.within(dictionary.reads)
     return [
         place
@@ -283,24 +274,15 @@ def _suspect(dictionary: Dictionary, here: float) -> bool:
 
 def _fit(lens: Lens, dictionary: Dictionary, here: Explained, runs: Runs, near: Runs, pairs: Pairs, done: Iterable[str]) -> Fit:
     said = dictionary.training
-    rounding = max(ROUNDING, 16 * torch.finfo(lens.dtype).eps)
-    if max(here.identity, here.whole_site) > rounding:
+    deviation = max(here.identity, here.whole_site)
+    if deviation > max(ROUNDING, 16 * torch.finfo(lens.dtype).eps):
         misfit = (
-            "all features and the error do not sum to the whole activation (they differ by "
-            f"{max(here.identity, here.whole_site):.0e}): this is a bug in featpatch, please report it"
+            f"all features and the error do not sum to the whole activation (they differ by {deviation:.0e}): this is a bug "
+            "in featpatch, please report it"
         )
     else:
-        misfit = _misfit(lens, dictionary, runs, near, pairs, done, here.variance)
-    fit = Fit(
-        dictionary=dictionary.name,
-        identity=here.identity,
-        whole_site=here.whole_site,
-        explained_variance=here.variance,
-        expected=said.explained_variance,
-        l0=here.l0,
-        misfit=misfit,
-        remarks=(),
-    )
+        misfit = _misfit(lens, dictionary, runs, near, pairs, done, here.explained_variance)
+    fit = Fit(dictionary.name, expected=said.explained_variance, misfit=misfit, remarks=(), **vars(here))
     return replace(fit, remarks=tuple(_remarks(lens, dictionary, pairs, done, short=fit.short and not misfit)))
 
 
@@ -331,7 +313,7 @@ def _explained(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> 
 def _tried(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> float | None:
     """Return the explained variance at candidate hook points, or None if the dictionary gives no finite numbers there."""
     try:
-        return _explained(dictionary, runs, centred=centred).variance
+        return _explained(dictionary, runs, centred=centred).explained_variance
     except FeatpatchError:
         return None
 
@@ -405,8 +387,7 @@ def _remarks(lens: Lens, dictionary: Dictionary, pairs: Pairs, done: Iterable[st
         yield f"it was trained on contexts of {said.context_size} tokens, and the longest prompt has {longest}"
     if said.prepend_bos and not all(0 in pair.special for pair in pairs):
         yield "it was trained with BOS at the start, which some prompts lack"
-    other = _other_weights(dictionary, done)
-    if other:
+    if other := _other_weights(dictionary, done):
         yield other
     if short:
         yield (

@@ -41,15 +41,11 @@ def entry(site: str) -> tuple[int, str] | None:
 
 def seen_at(hook: str) -> tuple[int, str]:
     """Return the last place in the residual stream (see `ENTRIES`) that an activation inside a layer depends on."""
-    layer, name = layer_of(hook), hook.split(".", 2)[2]
+    layer, name = layer_of(hook), within(hook)
     if name == "hook_resid_post":
         return layer + 1, "pre"
-    before = name.startswith(("attn", "ln1", "hook_attn")) or name in (
-        "hook_resid_pre",
-        "hook_q_input",
-        "hook_k_input",
-        "hook_v_input",
-    )
+    inputs = ("hook_q_input", "hook_k_input", "hook_v_input")
+    before = name.startswith(("attn", "ln1", "hook_attn")) or name in ("hook_resid_pre", *inputs)
     return layer, "pre" if before else "mid"
 
 
@@ -67,11 +63,7 @@ Attention is recomputed with its patterns."""
 
 
 def check_route(route: str) -> None:
-    """Check that a route is one of `ROUTES`.
-
-    Raises:
-        FeatpatchError: it is not.
-    """
+    """Raise a FeatpatchError unless a route is one of `ROUTES`."""
     check_choices(tuple(ROUTES), route=route)
 
 
@@ -189,7 +181,7 @@ hold; the norm's `hook_normalized` comes before the weight and stays the same.""
 
 def after_norm(site: str) -> bool:
     """Return whether an activation is the output of a norm, which changes when the norm's weight is folded."""
-    return site.split(".", 2)[-1] in WEIGHTED
+    return within(site) in WEIGHTED
 
 
 def weighted(site: str) -> str | None:
@@ -201,7 +193,7 @@ def weighted(site: str) -> str | None:
 
 def normalized(site: str) -> str:
     """Return the hook point whose value is that of a hook point after a norm once the norm's weight is folded."""
-    return f"blocks.{layer_of(site)}.{WEIGHTED[site.split('.', 2)[2]]}.hook_normalized"
+    return f"blocks.{layer_of(site)}.{WEIGHTED[within(site)]}.hook_normalized"
 
 
 MODULES = {
@@ -282,7 +274,7 @@ def layer_of(site: str) -> int:
     match = LAYER.match(site)
     if match is None:
         raise FeatpatchError(
-            f"site {site!r} is not inside a layer: expected a hook point of a layer, such as {resid_pre(0)!r}, which holds "
+            f"hook point {site!r} is not inside a layer: expected one of a layer, such as {resid_pre(0)!r}, which holds "
             "the input of the first layer: the embedding with everything that the model applies to it, such as positions"
         )
     return int(match.group(1))
@@ -311,8 +303,7 @@ def short_dictionary(name: str) -> str:
 
 def highest(hooks: Iterable[str], n_layers: int) -> int:
     """Return the highest layer that holds one of the hook points, or the number of layers if one is outside the layers."""
-    inside = [re.match(r"blocks\.(\d+)\.", hook) for hook in hooks]
-    return max((int(match.group(1)) if match else n_layers for match in inside), default=0)
+    return max((layer_of(hook) if LAYER.match(hook) else n_layers for hook in hooks), default=0)
 
 
 OUTPUTS = {"mlp.hook_out": "hook_mlp_out", "attn.hook_out": "hook_attn_out"}
@@ -321,8 +312,8 @@ OUTPUTS = {"mlp.hook_out": "hook_mlp_out", "attn.hook_out": "hook_attn_out"}
 
 def of_output(name: str) -> str | None:
     """Return the hook point of what a module adds to the residual stream, given that of its output; None for other names."""
-    block, _, module = name.partition(".")[2].partition(".")
-    return f"blocks.{block}.{OUTPUTS[module]}" if name.startswith("blocks.") and module in OUTPUTS else None
+    inside = LAYER.match(name) is not None and within(name) in OUTPUTS
+    return f"blocks.{layer_of(name)}.{OUTPUTS[within(name)]}" if inside else None
 
 
 def canonical(name: str, hook_points: Mapping[str, object]) -> str:

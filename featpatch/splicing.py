@@ -18,13 +18,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from featpatch.descriptions import Document, ids_of, together
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, counted
 from featpatch.frame import Frame
 from featpatch.metrics import NEAR_ZERO
 from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens, added
 from featpatch.model.transformer_lens import wrap
 from featpatch.pairs.pairs import Pairs
+from featpatch.pairs.tokens import check_tokenizer
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.untrusted import visible
@@ -91,7 +92,7 @@ class Losses:
 
     @property
     def _said(self) -> str:
-        return f"cross-entropy in nats over {self.predictions:,} predictions"
+        return f"cross-entropy in nats over {counted(self.predictions, 'prediction')}"
 
 
 @torch.no_grad()
@@ -179,10 +180,7 @@ def _documents(lens: Lens, model: Any, prompts: Any) -> list[Document]:
     texts = list(prompts) if isinstance(prompts, (list, tuple)) else []
     if not texts or not all(isinstance(text, str) for text in texts):
         raise FeatpatchError(f"prompts={prompts!r:.60}: expected pairs or a list of at least one text")
-    if lens.tokenizer is None:
-        raise FeatpatchError(
-            "the model has no tokenizer: expected one for texts; pass it when loading the model, or give pairs"
-        )
+    check_tokenizer(lens.tokenizer, "for texts instead of pairs")
     return [Document.of(lens.tokenizer, ids) for ids in ids_of(model, texts, lens.n_ctx)]
 
 
@@ -218,11 +216,7 @@ class _Batch:
 
 
 def _check_predicted(lens: Lens, batch: _Batch) -> None:
-    """Check that the model can predict the tokens of the prompts.
-
-    Raises:
-        FeatpatchError: its output vocabulary is smaller than that of its input, and lacks one.
-    """
+    """Raise a FeatpatchError unless the model can predict the tokens, which its output vocabulary, if smaller, may lack."""
     largest = int(batch.tokens[:, 1:][batch.counted].max()) if batch.counted.any() else 0
     if largest >= lens.d_vocab:
         raise FeatpatchError(

@@ -9,7 +9,7 @@ import pandas as pd
 from featpatch import sites
 from featpatch.effects.collector import provenance
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers, is_number
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, is_number
 from featpatch.metrics import MEASURES, SEQUENCES, size
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
@@ -63,8 +63,8 @@ class Verified:
         verdict = "reproduced" if self.ok else "NOT reproduced"
         changed = f"; other versions: {', '.join(self.versions)}" if self.versions else ""
         return visible(
-            f"{len(self.nodes)} random rows measured again, {verdict}: largest difference {max(self.differences):.2g} of the "
-            f"metric's size (tolerance {self.tolerance:.2g}){changed}"
+            f"{counted(len(self.nodes), 'random row')} measured again, {verdict}: largest difference "
+            f"{max(self.differences):.2g} of the metric's size (tolerance {self.tolerance:.2g}){changed}"
         )
 
 
@@ -118,11 +118,7 @@ def verify(
 
 
 def _check_repeatable(effects: Effects) -> None:
-    """Check that a table holds what its rows can be measured again from.
-
-    Raises:
-        FeatpatchError: it holds no exact patching effects, or a metric that is a function.
-    """
+    """Raise a FeatpatchError unless a table holds exact patching effects on built-in metrics, which can be measured again."""
     check_kinds(Effects, effects=effects)
     about = effects.metadata
     whole = {"model", "pairs", "positions", "versions"} <= set(about) and {"saes", "components"} & set(about)
@@ -139,11 +135,7 @@ def _check_repeatable(effects: Effects) -> None:
 
 
 def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> None:
-    """Check that model, pairs and SAEs are those of a table.
-
-    Raises:
-        FeatpatchError: one differs, or an SAE is missing.
-    """
+    """Raise a FeatpatchError unless model, pairs and SAEs are those of a table."""
     about = effects.metadata
     found = dictionaries_if_any(lens, saes)
     given = {"model": lens.digest(), "pairs": check_pairs(pairs, by_label=True).digest(), **{d.name: d.digest() for d in found}}

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from featpatch import sites
+from featpatch.effects.collector import check_saes
 from featpatch.effects.grid import measured
 from featpatch.effects.plots import tick
 from featpatch.effects.table import Effects
@@ -20,7 +21,7 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Effect, Node, Position
 from featpatch.pairs.pair import Pair, token_index
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.tokens import prompt_ids, special_positions
+from featpatch.pairs.tokens import check_tokenizer, prompt_ids, special_positions
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.untrusted import in_figure
 
@@ -194,8 +195,7 @@ def _prompts(lens: Lens, prompt: str | Pair) -> tuple[list[tuple[int, ...]], fro
     Raises:
         FeatpatchError: the model has no tokenizer or does not know a token; the prompt is something else, empty, or too long.
     """
-    if lens.tokenizer is None:
-        raise FeatpatchError("the model has no tokenizer: expected one, to show tokens; pass it when you load the model")
+    check_tokenizer(lens.tokenizer, "to show tokens")
     if isinstance(prompt, Pair):
         check_tokens(Pairs((prompt,)), lens)
         return [prompt.clean, *([prompt.corrupted] if prompt.has_counterfactual else [])], prompt.special
@@ -227,12 +227,7 @@ def _effects(
         FeatpatchError: the table is of other SAEs, or at labels while the prompt is a text.
     """
     known = effects.metadata.get("saes", {})
-    for dictionary in found:
-        if known.get(dictionary.name) not in (None, dictionary.digest()):
-            raise FeatpatchError(
-                f"the SAE {dictionary.name!r} differs from that of the effects: expected the same weights; pass the SAE that "
-                "was ranked"
-            )
+    check_saes(effects, {each.name: each.digest() for each in found if each.name in known})
 
     def tokens(position: Position) -> Sequence[int]:
         inside = isinstance(position, int) and -length <= position < length

@@ -186,7 +186,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines[:count])))
         done = run("check", "--pairs", f"{name}.jsonl", "--model", model, "--out", f"{name}.csv", folder=tmp_path)
         assert done.returncode == code, done.stderr
-        assert f"checklist of {count} pairs" in done.stdout
+        assert f"checklist of {count} pair{'s' * (count > 1)}:" in done.stdout
         assert (tmp_path / f"{name}.csv").read_text().count("\n") == 9 * count + 1
 
 

@@ -195,7 +195,7 @@ def test_other_tables_are_refused(change: dict[str, Any], message: str) -> None:
 
 def test_tables_that_are_not_what_they_should_be_are_refused(tmp_path: Any) -> None:
     features, components = by_hand()
-    with pytest.raises(fp.FeatpatchError, match="the features were ranked over 1 pairs and the components over 2"):
+    with pytest.raises(fp.FeatpatchError, match="the features were ranked over 1 pair and the components over 2"):
         compare(features, table(dict.fromkeys(components.nodes, (1, 1))))
     with pytest.raises(fp.FeatpatchError, match="the corrupted runs differs between the tables, by up to 1"):
         compare(features, replace(components, corrupted=components.corrupted + 1))
@@ -510,9 +510,9 @@ def test_other_models_saes_and_pairs_are_refused(bridge: Small) -> None:
     for options, message in (
         ({"pairs": pairs[:2]}, "the 2 pairs differ from those of the tables"),
         ({"model": small_hooked().model}, "weights differ from those of the tables"),
-        ({"saes": bridge.at(TOPK)}, "'blocks.2.hook_resid_pre' is not one of those that were ranked"),
-        ({"saes": standard(PRE, 99)}, "'blocks.1.hook_resid_pre' is not one of those that were ranked"),
-        ({"saes": linear(PRE)}, "is not one of those that were ranked"),
+        ({"saes": bridge.at(TOPK)}, "'blocks.2.hook_resid_pre' differs from that of the effects"),
+        ({"saes": standard(PRE, 99)}, "'blocks.1.hook_resid_pre' differs from that of the effects"),
+        ({"saes": linear(PRE)}, "differs from that of the effects"),
         ({"saes": bridge.at("blocks.1.hook_attn_out")}, "the SAEs read blocks.1.hook_attn_out: expected one of the residual"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):

@@ -636,7 +636,7 @@ def test_what_happens_to_files_after_loading(tmp_path: Path, monkeypatch: pytest
         ({"hook": [MID[1], MID[0], MID[2]]}, "expected different hook points, one for each layer, from the lowest layer up"),
         ({"hook": [MID[0], MID[0], MID[2]]}, "expected different hook points, one for each layer, from the lowest layer up"),
         ({"hook": [MID[0], STREAM[0], MID[2]]}, "expected different hook points, one for each layer"),
-        ({"hook": ["hook_embed", *MID[1:]]}, "site 'hook_embed' is not inside a layer"),
+        ({"hook": ["hook_embed", *MID[1:]]}, "hook point 'hook_embed' is not inside a layer"),
         ({"hook": ["blocks.1.hook_resid_mid", "blocks.2.hook_resid_mid", "blocks.3.hook_resid_mid"]}, "to write at or above"),
         ({"b_enc": random(FEATURES)}, r"b_enc is \[5\] and b_dec \[3, 16\]: expected \[layers, features\]"),
         ({"b_dec": random(2, WIDTH)}, r"b_dec is \[2, 16\] of torch.float64: expected a tensor \[3, 16\]"),

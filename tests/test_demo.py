@@ -236,7 +236,7 @@ def test_effects_by_tag_of_the_shipped_pairs(demo: Demo) -> None:
 
 
 def test_pairs_that_are_not_there(demo: Demo) -> None:
-    with pytest.raises(fp.FeatpatchError, match=r"task 'induction' is unknown: expected one of ioi"):
+    with pytest.raises(fp.FeatpatchError, match=r"task 'induction' is unknown: expected one of capitals"):
         demo.pairs("induction")
     with pytest.raises(fp.FeatpatchError, match=r"n=100000 pairs of 'ioi': expected an integer from 1 to \d+"):
         demo.pairs(n=100_000)
@@ -255,7 +255,7 @@ def test_a_damaged_or_missing_checkpoint_is_refused(demo: Demo, tmp_path: Path) 
     with pytest.raises(fp.FeatpatchError, match=r"model.safetensors' has SHA-256 .*damaged, restore"):
         checkpoints.verify(copy)
     weights.unlink()
-    with pytest.raises(fp.FeatpatchError, match=r"model.safetensors' is missing: restore"):
+    with pytest.raises(fp.FeatpatchError, match=r"model.safetensors' is missing: expected .* restore"):
         checkpoints.verify(copy)
 
 

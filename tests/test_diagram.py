@@ -259,7 +259,7 @@ def test_a_graph_without_effects_of_nodes_and_without_edges() -> None:
     graph.add_node(MLP)
     assert marks(figure(graph)).marker.color == "#f7f7f7"
     assert len(parsed(dot(graph)).get_nodes()) == 1
-    assert "1 nodes, 0 edges" in interactive(graph, "one")
+    assert "1 node, 0 edges" in interactive(graph, "one")
 
 
 def test_a_click_shows_the_numbers_of_a_node(browser: Any, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_twenty_rows_are_shown(rows: int) -> None:
     table = fp.Effects(nodes, np.ones(2), np.zeros(2), entries, entries, none, none, {"directions": ["noising"], "metric": "m"})
     assert table.finished
     first, *lines = repr(table).splitlines()
-    assert first == f"exact effects over 2 pairs{', the first 20 of' if rows > 20 else ','} {rows} rows:"
+    assert first == f"exact effects over 2 pairs{', the first 20 of' if rows > 20 else ','} {rows} row{'s' * (rows > 1)}:"
     assert [line.split()[0] for line in lines] == ["site", *[SITE] * min(rows, 20)]
 
 

@@ -12,6 +12,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
+from featpatch.errors import counted, listed
 from featpatch.model.transformer_lens import BridgeLens, wrap
 from featpatch.pairs.pair import spans
 
@@ -92,7 +93,7 @@ def test_pairs_files(tmp_path: Any, content: str, message: str) -> None:
 
 
 def test_a_missing_pairs_file() -> None:
-    with pytest.raises(fp.FeatpatchError, match="there is no pairs file 'nowhere.jsonl': give"):
+    with pytest.raises(fp.FeatpatchError, match="there is no pairs file 'nowhere.jsonl': expected a JSON-lines file"):
         fp.Pairs.from_jsonl(words, "nowhere.jsonl")
 
 
@@ -218,7 +219,7 @@ def test_a_model_in_training_mode() -> None:
             rf"feature {FEATURES} of .* is out of range: expected 0 to {FEATURES - 1}",
         ),
         (lambda: fp.Node(SITE, "feature", -1), r"feature index -1 is negative"),
-        (lambda: fp.Node(SITE, "feature"), r"kind 'feature' got index None: feature, head, .* need an index"),
+        (lambda: fp.Node(SITE, "feature"), r"kind 'feature' got index None: expected an index, 0 or more, for feature, head, "),
         (lambda: fp.Node(SITE, "error", 3), r"kind 'error' got index 3"),
         (lambda: fp.Node(SITE, "error", None, 7), r"is outside a prompt of 7 tokens: expected 0 to 6"),
         (lambda: fp.Node(SITE, "error", None, "S2"), r"is at a label: expected a token index"),
@@ -403,3 +404,8 @@ def test_rows_and_pairs_that_are_not_there(bridge: Small) -> None:
         effects.of_pairs([3])
     assert effects.of_pairs([0, 2]).metadata["of_pairs"] == [0, 2]
     assert " rows, of the gap</p>" in effects._repr_html_()
+
+
+def test_counts_and_lists_are_phrases() -> None:
+    assert [counted(number, "pair") for number in (0, 1, 1000)] == ["0 pairs", "1 pair", "1,000 pairs"]
+    assert [listed("abcd", most) for most in (2, 4)] == ["a, b and 2 more", "a, b, c, d"]

@@ -10,7 +10,6 @@ import pytest
 from test_tasks import byte_level
 
 import featpatch as fp
-from featpatch.pairs.build import changed_span
 from featpatch.pairs.tokens import PairsWarning
 
 CLEAN = "When John and Mary left , Mary gave a book to"
@@ -147,7 +146,7 @@ IMPORTERS = ["from_jsonl", "from_csv", "from_feature_circuits", "from_eap_ig", "
 @pytest.mark.parametrize("importer", IMPORTERS)
 def test_files_that_can_not_be_read(words: Any, tmp_path: Path, importer: str) -> None:
     read = getattr(fp.Pairs, importer)
-    with pytest.raises(fp.FeatpatchError, match=r"there is no pairs file 'nowhere': give the path of a "):
+    with pytest.raises(fp.FeatpatchError, match=r"there is no pairs file 'nowhere': expected a "):
         read(words, "nowhere")
     (tmp_path / "p").write_bytes(b"clean,\xff\n")
     with pytest.raises(fp.FeatpatchError, match=r"p' is not UTF-8 \(.*0xff.*\): expected UTF-8 text; save it"):
@@ -229,7 +228,7 @@ def test_alignment(words: Any, tmp_path: Path) -> None:
     options = {"align": "labels", "filler": "a"}
     equal = {**PAIR, "labels": {"S2": 7}, "corrupted_labels": {"S2": 7}}
     with pytest.warns(
-        PairsWarning, match=r"so that it is now '<bos> When .* left , a a a John .*'; .* \(and 1 similar remarks\)"
+        PairsWarning, match=r"so that it is now '<bos> When .* left , a a a John .*'; .* \(and 1 similar remark\)"
     ):
         four = fp.Pairs.from_jsonl(words, lines(tmp_path / "p.jsonl", row, swapped, PAIR, equal), **options)
     first, second, third, fourth = four
@@ -256,34 +255,6 @@ def test_alignment_after_the_last_label(words: Any) -> None:
     )  # fmt: skip
     assert pair.clean == ids(words, "Then Mary the the left")
     assert pair.labels == {"S": 2}
-
-
-def test_the_changed_span(words: Any, bytewise: Any) -> None:
-    clean, corrupted = "Then John left", "Then Mary left"
-    for tokenizer, shown in (
-        (words, "positions 2 to 2 of 4 tokens\nclean     <bos> Then [John] left\ncorrupted <bos> Then [Mary] left"),
-        (bytewise, "positions 1 to 1 of 6 tokens\nclean     Then [John] left\ncorrupted Then [Mary] left"),
-    ):
-        answers = {"correct": [" Tom"], "wrong": [" Anna"]}
-        (pair,) = fp.Pairs.from_prompts(tokenizer, clean=[clean], corrupted=[corrupted], **answers)
-        assert changed_span(pair, tokenizer) == shown
-        (pair,) = fp.Pairs.from_prompts(tokenizer, clean=[clean], corrupted=[clean], **answers)
-        assert changed_span(pair, tokenizer).startswith("no token differs\nboth      ")
-    with pytest.raises(fp.FeatpatchError, match=r"the tokenizer .* has no decode: expected one that can convert ids to text"):
-        changed_span(pair, lambda text: [1])
-
-
-@pytest.mark.filterwarnings("ignore:fillers change:featpatch.pairs.tokens.PairsWarning")
-def test_filler_is_shown(words: Any) -> None:
-    (pair,) = fp.Pairs.from_prompts(
-        words, clean=[SHORT], corrupted=[LONG], correct=["Tom"], wrong=["Anna"],
-        labels=[{"at": 6}], corrupted_labels=[{"at": 6}], align="labels", filler="a",
-    )  # fmt: skip
-    assert changed_span(pair, words) == (
-        "positions 7 to 9 of 15 tokens\n"
-        "clean     <bos> When John and Mary left , [a a a] John gave a book to\n"
-        "corrupted <bos> When John and Mary left , [then the new] John gave a book to"
-    )
 
 
 @pytest.mark.parametrize(

@@ -432,7 +432,7 @@ def test_errors(study: dict[str, Any], tmp_path: Path) -> None:
         ),
         (
             lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs, saes=fp.dictionaries.identity(model, SITE)),
-            "differ from those",
+            "differs from that of the effects",
         ),
         (lambda: fp.report(effects, tmp_path / "r", texts=["a"]), "texts without saes: expected SAEs"),
         (

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from numpy.typing import NDArray
-from rich.console import Console
 from scipy.stats import binom, false_discovery_control, kstest, permutation_test
 from small import Small
 
@@ -16,7 +15,6 @@ import featpatch as fp
 from featpatch.effects import statistics
 from featpatch.effects import statistics as significance
 from featpatch.effects.frames import number
-from featpatch.reporting.terminal import stability_table
 
 SITE = "blocks.1.hook_resid_pre"
 Array = NDArray[np.float64]
@@ -167,7 +165,7 @@ def test_a_single_pair_has_a_ratio_but_no_p_value(bridge: Small) -> None:
     assert frame[["recovery_p", "recovery_q", "degradation_p", "degradation_q"]].isna().to_numpy().all()
     np.testing.assert_allclose(frame["recovery_median"], frame["recovery"], rtol=1e-12)
     assert set(frame["recovery_sign_consistency"].dropna()) == {1.0}
-    with pytest.raises(fp.FeatpatchError, match="stability of 1 pairs: expected at least 4"):
+    with pytest.raises(fp.FeatpatchError, match="stability of 1 pair: expected at least 4"):
         made([[1.0], [2.0]], [1.0]).stability("recovery")
 
 
@@ -349,7 +347,7 @@ def test_stability_ranks_known_features_only(tiny: fp.Effects) -> None:
     assert unknown.stability("recovery").features == 2
     with pytest.raises(fp.FeatpatchError, match="stability of 3 pairs: expected at least 4, two for each half"):
         unknown.of_pairs([0, 1, 2]).stability("recovery")
-    with pytest.raises(fp.FeatpatchError, match="stability of 1 features with known values: expected at least 2"):
+    with pytest.raises(fp.FeatpatchError, match="stability of 1 feature with known values: expected at least 2"):
         unknown.take([0, 1]).stability("recovery")
     with pytest.raises(fp.FeatpatchError, match="splits=0: expected an integer, 1 or more"):
         tiny.stability("recovery", splits=0)
@@ -439,18 +437,6 @@ def test_tags_travel_with_the_pairs(bridge: Small, tmp_path: Path) -> None:
     assert again.of_pairs([2, 0]).metadata["tags"] == [tags[0], tags[2]]
     assert again.metadata["tags"] == tags
     assert again.by_tag("corruption", "recovery").equals(effects.by_tag("corruption", "recovery"))
-
-
-def test_a_table_shows_stability() -> None:
-    noise = made(np.random.default_rng(11).normal(0, 1, (30, 8)), np.ones(8))
-    console = Console(width=160)
-    with console.capture() as capture:
-        console.print(stability_table(noise))
-    text = capture.get()
-    found = noise.stability("recovery")
-    assert found.low < found.high
-    assert f"{number(found.correlation)} [{number(found.low)}, {number(found.high)}]" in text
-    assert f"{found.overlap * 20:.1f} of 20" in text
 
 
 def test_rows_with_missing_values_have_no_interval() -> None:

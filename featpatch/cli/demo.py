@@ -70,9 +70,9 @@ def demo(
 
 
 def _story(effects: "fp.Effects", shipped: Any, pairs: "fp.Pairs", top: int) -> Iterator[Any]:
-    """Yield what the effects say: a conclusion, the first rows, what they fire on, and how many features are enough."""
+    """Yield what the effects say: a conclusion, the first rows, what activates them, and how many features are enough."""
     from featpatch import sites
-    from featpatch.reporting.terminal import firing, ranked, selected_together, steps
+    from featpatch.reporting.terminal import detected, ranked, selected_together, steps
 
     rows = effects.top(top)
     if not len(rows):
@@ -81,10 +81,10 @@ def _story(effects: "fp.Effects", shipped: Any, pairs: "fp.Pairs", top: int) -> 
     first, last = rows.nodes[0], sites.resid_post(shipped.model.cfg.n_layers - 1)
     sae = next(sae for sae in shipped.saes if first.sae.endswith(sae.cfg.metadata.hook_name_out or sae.cfg.metadata.hook_name))
     chosen = fp.select_features(shipped.model, sae, pairs, target=ENOUGH, position=first.position, progress=False)
-    fires = fp.max_activating(shipped.model, shipped.saes, [*rows.nodes, *chosen.nodes], shipped.text())
+    described = fp.max_activating(shipped.model, shipped.saes, [*rows.nodes, *chosen.nodes], shipped.text())
     place = f"{sites.short_dictionary(first.sae)} @ {first.position}" + " (after the last layer)" * (first.site == last)
-    yield f"\n{selected_together(chosen, place, [fires[node] for node in chosen.nodes])}\n"
+    yield f"\n{selected_together(chosen, place, [described[node] for node in chosen.nodes])}\n"
     yield f"metric {effects.metadata['metric']}: clean {effects.clean.mean():.2f}, corrupted {effects.corrupted.mean():.2f}"
     yield ranked(rows)
-    yield "\n".join(["\nwhat the features detect:", *firing({node: fires[node] for node in rows.nodes})])
+    yield "\n".join(["\nwhat the features detect:", *detected({node: described[node] for node in rows.nodes})])
     yield f"\n{steps(chosen)}\n"

@@ -12,7 +12,7 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import INSPECT, START, app, bars, clear_errors, console
 from featpatch.cli.output import in_json
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, counted, listed
 from featpatch.files import check_writable, write_csv
 
 
@@ -82,7 +82,7 @@ def verify(
     """
     with clear_errors():
         table = fp.Effects.load(effects)
-        work = of.alone(model, sae or [], pairs, "all", "both", list(table.metrics), device, progress=bars(json=as_json))
+        work = of.study(model, sae or [], pairs, "all", "both", list(table.metrics), device, progress=bars(json=as_json))
         found = fp.verify(
             table, work["model"], work["pairs"], saes=work["saes"] or None, rows=rows, seed=seed, progress=bars(json=as_json)
         )
@@ -96,11 +96,7 @@ def verify(
 
 @app.command(rich_help_panel=INSPECT)
 def info(
-    effects: Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")],
-    top: of.Top = 5,
-    by: of.By = None,
-    threshold: of.Threshold = None,
-    as_json: of.Json = False,
+    effects: of.EffectsFile, top: of.Top = 5, by: of.By = None, threshold: of.Threshold = None, as_json: of.Json = False
 ) -> None:
     """Show what a table of effects contains and how it was produced.
 
@@ -116,18 +112,16 @@ def info(
             typer.echo(in_json(table, shown))
             return
         screen = console()
-        screen.print(f"{len(table)} rows of {table.value} effects, {table.rows_ranked} ranked, {len(table.clean)} pairs")
+        rows = counted(len(table), "row")
+        screen.print(f"{rows} of {table.value} effects, {table.rows_ranked} ranked, {counted(len(table.clean), 'pair')}")
         for name, value in table.about().items():
             screen.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", highlight=False)
         screen.print(ranked(shown.rows(table), shown.by))
 
 
-File = Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")]
-
-
 @app.command(rich_help_panel=INSPECT)
 def report(
-    effects: File,
+    effects: of.EffectsFile,
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
     components: Annotated[Path | None, typer.Option(help="Component effects (effects.safetensors), shown as heatmaps.")] = None,
     threshold: of.Threshold = None,
@@ -221,7 +215,7 @@ def tasks(
             screen.print("")
         if out is not None:
             drawn.to_jsonl(out, tokenizer=loaded)
-            screen.print(f"wrote {len(drawn)} pairs to {out}")
+            screen.print(f"wrote {counted(len(drawn), 'pair')} to {out}")
 
 
 def _about(make: Any) -> dict[str, str]:
@@ -242,5 +236,4 @@ def _line(shown: Any) -> str:
     """Format a field of a pair as one line."""
     if isinstance(shown, dict):
         return ", ".join(f"{label} {position}" for label, position in shown.items())
-    more = len(shown) - ANSWERS
-    return shown if isinstance(shown, str) else ", ".join(shown[:ANSWERS]) + (f" and {more} more" if more > 0 else "")
+    return shown if isinstance(shown, str) else listed(shown, ANSWERS)

@@ -11,6 +11,7 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import RANK, SCALE, app, bars, clear_errors, console
 from featpatch.cli.output import Output, show
+from featpatch.errors import counted
 from featpatch.sites import COMPONENTS, DEFAULT_COMPONENTS
 
 
@@ -59,6 +60,8 @@ def rank(
     Example: featpatch rank --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
     """
     with clear_errors():
+        from featpatch.reporting.terminal import checked
+
         results = Output.open(out, journal)
         elsewhere = of.executor(executor, address, workers)
         shown = of.Shown.of(top, by, threshold, direction)
@@ -72,8 +75,9 @@ def rank(
         screening = fp.Screen(**given) if screen else None
         of.check_methods(method, screening, metric, direction, {"screen": screening, "journal": journal, "executor": elsewhere})
         out_to = console(json=as_json)
-        out_to.print(f"loading {model} and {len(sae)} SAE{'s' if len(sae) > 1 else ''}")
-        work = of.study(out_to, model, sae, pairs, positions, direction, metric, device, progress=bars(json=as_json))
+        out_to.print(f"loading {model} and {counted(len(sae), 'SAE')}")
+        work = of.study(model, sae, pairs, positions, direction, metric, device, progress=bars(json=as_json))
+        out_to.print(checked(fp.check(work["model"], work["saes"], work["pairs"])))
         kind = "screened features" if screening else "features" if method == "exact" else f"estimates by {method}"
         results.check_same(
             work, kind=kind, screening={name: getattr(screening, name) for name in options} if screening else None
@@ -114,9 +118,8 @@ def components(
         elsewhere = of.executor(executor, address, workers)
         shown = of.Shown.of(top, by, threshold, direction)
         screen, chosen = console(json=as_json), of.components(sites, positions)
-        work = of.alone(model, [], pairs, positions, direction, metric, device, progress=bars(json=as_json))
+        work = of.study(model, [], pairs, positions, direction, metric, device, progress=bars(json=as_json)) | chosen
         del work["saes"]
-        work |= chosen
         results.check_same(work, kind="components")
         effects = fp.rank_components(**work, journal=journal, executor=elsewhere, progress=bars(json=as_json))
         show(screen, effects, shown, results, work, as_json=as_json)
@@ -202,7 +205,7 @@ def plan(
         asked = {} if sites is None else of.components(sites, positions)
         if sites is not None and sae:
             raise fp.FeatpatchError("--sites with --sae: expected --sites for components or --sae for features; leave one out")
-        work = of.alone(model, sae, pairs, positions, direction, metric, device, progress=bars(json=as_json))
+        work = of.study(model, sae, pairs, positions, direction, metric, device, progress=bars(json=as_json))
         found = fp.plan(**{**work, "saes": work["saes"] or None}, **asked)
         if as_json:
             typer.echo(json.dumps(asdict(found)))

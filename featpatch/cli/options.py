@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 import featpatch as fp
-from featpatch.console import PlainConsole
 from featpatch.errors import FeatpatchError
 from featpatch.files import as_path
 
+EffectsFile = Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")]
 Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects.csv and report.html.")]
 By = Annotated[
     Literal["recovery", "degradation", "recovery_where_changed", "degradation_where_changed"] | None,
@@ -130,29 +130,9 @@ class Shown:
 
 
 def study(
-    console: PlainConsole,
-    model: str,
-    sae: list[str],
-    pairs: Path,
-    positions: str,
-    direction: str,
-    metric: list[str],
-    device: str,
-    *,
-    progress: bool,
-) -> dict[str, Any]:
-    """Return the arguments of `rank_features` and `plan` after printing how well the SAEs fit the model."""
-    from featpatch.reporting.terminal import checked
-
-    work = alone(model, sae, pairs, positions, direction, metric, device, progress=progress)
-    console.print(checked(fp.check(work["model"], work["saes"], work["pairs"])))
-    return work
-
-
-def alone(
     model: str, sae: list[str], pairs: Path, positions: str, direction: str, metric: list[str], device: str, *, progress: bool
 ) -> dict[str, Any]:
-    """Return the same arguments as `study` without checking the SAEs, of which there may be none."""
+    """Return the arguments of `rank_features` and `plan`; there may be no SAEs."""
     asked = checked(pairs, positions, direction, metric)
     loaded = fp.load(model, sae, device=device, check=False, progress=progress)
     drawn = fp.Pairs.from_jsonl(loaded.model, pairs, long_answers=of_sequences(metric))
@@ -183,11 +163,7 @@ def components(sites: str, positions: str) -> dict[str, Any]:
 
 
 def check_methods(method: str, screen: "fp.Screen | None", metric: list[str], direction: str, options: dict[str, Any]) -> None:
-    """Check the method of estimation, or that of a screen, with the options that it is used with.
-
-    Raises:
-        FeatpatchError: they do not fit together.
-    """
+    """Raise a FeatpatchError unless the method of estimation, or that of a screen, fits the options that it is used with."""
     from featpatch.ranking.rank import check_estimation
 
     check_estimation(method, metric, ways(direction), options)

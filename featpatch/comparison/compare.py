@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 from featpatch import sites
 from featpatch.comparison.tables import ContributionTables
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, listed
 from featpatch.frame import Frame, text
 from featpatch.nodes import Effect
 from featpatch.pairs.pairs import Pairs
@@ -122,13 +122,7 @@ def _places(rows: pd.DataFrame) -> str:
     positions: dict[str, dict[str, None]] = defaultdict(dict)
     for site, position in zip(rows["site"], rows["position"], strict=True):
         positions[site][str(position)] = None
-    shown = [f"{site} ({_listed(list(of))})" for site, of in positions.items()]
-    return _listed(shown) if shown else "none"
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Return the first names as a list in words, with the number of further names."""
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    return listed([f"{site} ({listed(list(of), LISTED)})" for site, of in positions.items()], LISTED) or "none"
 
 
 def _advice(features: pd.DataFrame) -> str:
@@ -339,9 +333,10 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
         FeatpatchError: they can't, see `compare`.
     """
     if not any(node.sae for node in features.nodes) or any(node.sae for node in components.nodes) or not len(components):
+        kinds = [", ".join(sorted({node.kind for node in of.nodes})) or "no rows" for of in (features, components)]
         raise FeatpatchError(
-            f"the first table holds {_kinds(features)} and the second {_kinds(components)}: expected features of SAEs in the "
-            "first and components in the second; call compare(rank_features(...), rank_components(...))"
+            f"the first table holds {kinds[0]} and the second {kinds[1]}: expected features of SAEs in the first and "
+            "components in the second; call compare(rank_features(...), rank_components(...))"
         )
     for key in SAME:
         one, other = features.metadata.get(key), components.metadata.get(key)
@@ -350,11 +345,11 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
                 f"{key} is {one!r} for the features and {other!r} for the components: expected the same value, since their "
                 "effects are compared; rank both with the same pairs and metric"
             )
-    counts, models = ([of(table) for table in (features, components)] for of in (_pairs, _model))
+    counts = len(features.clean), len(components.clean)
     if counts[0] != counts[1]:
         raise FeatpatchError(
-            f"the features were ranked over {counts[0]} pairs and the components over {counts[1]}: expected the same pairs; "
-            "rank both over them"
+            f"the features were ranked over {counted(counts[0], 'pair')} and the components over {counts[1]}: expected the "
+            "same pairs; rank both over them"
         )
     for run in ("clean", "corrupted"):
         one, other = getattr(features, run), getattr(components, run)
@@ -363,6 +358,7 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
                 f"the metric of the {run} runs differs between the tables, by up to {np.abs(one - other).max():.3g}: expected "
                 "the same runs; rank both with the same model, pairs and metric"
             )
+    models = [table.metadata.get("model", {}).get("sha256") for table in (features, components)]
     if models[0] != models[1]:
         raise FeatpatchError(
             f"the tables were measured on models with weights {models}: expected the same weights; rank both with one model"
@@ -384,16 +380,3 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
 def _filled(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a table for display, with empty cells for unknown values."""
     return frame.astype(object).where(frame.notna(), "")
-
-
-def _kinds(table: Effects) -> str:
-    return ", ".join(sorted({node.kind for node in table.nodes})) or "no rows"
-
-
-def _pairs(table: Effects) -> int:
-    return len(table.clean)
-
-
-def _model(table: Effects) -> str | None:
-    found: str | None = table.metadata.get("model", {}).get("sha256")
-    return found

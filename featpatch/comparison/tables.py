@@ -11,7 +11,8 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 
 from featpatch import sites
-from featpatch.comparison.writers import Contributions, Question, Writer, Writers, measure, on_stream
+from featpatch.comparison.writers import Contributions, Question, Writer, Writers, measure
+from featpatch.effects.collector import check_saes
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.frame import Frame
@@ -70,7 +71,7 @@ class ContributionTables:
         lens = wrap(model)
         found = dictionaries(lens, saes)
         _check_origin(features, lens.digest(), found, pairs)
-        stream = {dictionary.name: dictionary for dictionary in found if on_stream(dictionary.reads)}
+        stream = {dictionary.name: dictionary for dictionary in found if sites.is_stream(dictionary.reads)}
         if not stream:
             raise FeatpatchError(
                 f"the SAEs read {', '.join(dictionary.reads for dictionary in found)}: expected one of the residual stream "
@@ -82,10 +83,10 @@ class ContributionTables:
         sources = [node for node in _ranked(components, effects[0]) if _writer(node) in able][:top]
         targets = [node for node in _ranked(features.where(kind="feature"), effects[0]) if node.sae in stream][:top]
         known = _Known.of(features.whole, components.whole, effects)
-        behind, into = _behind(writers, sources, stream, known), _into(writers, targets, stream)
-        answers = measure(writers, pairs, [*behind, *into])
-        through = [row for of_one in zip(behind, answers[: len(behind)], strict=True) for row in _rows(*of_one, top)]
-        written = [row for of_one in zip(into, answers[len(behind) :], strict=True) for row in _rows(*of_one, None)]
+        downstream, upstream = _downstream(writers, sources, stream, known), _upstream(writers, targets, stream)
+        answers = measure(writers, pairs, [*downstream, *upstream])
+        through = [row for of_one in zip(downstream, answers[: len(downstream)], strict=True) for row in _rows(*of_one, top)]
+        written = [row for of_one in zip(upstream, answers[len(downstream) :], strict=True) for row in _rows(*of_one, None)]
         return cls(
             known.frame([row for node in sources for row in _of_component(through, node)[:top]]),
             known.frame([row for node in targets for row in _of_feature(written, node)]),
@@ -94,11 +95,7 @@ class ContributionTables:
 
 
 def _check_origin(features: Effects, model: str, found: list[Dictionary], pairs: Pairs) -> None:
-    """Check that a table was made with this model, these SAEs and these pairs, by swapping values.
-
-    Raises:
-        FeatpatchError: it was not.
-    """
+    """Raise a FeatpatchError unless a table was made with this model, these SAEs and these pairs, by swapping values."""
     if pairs.digest() != features.metadata.get("pairs"):
         raise FeatpatchError(
             f"the {len(pairs)} pairs differ from those of the tables: expected the same pairs in the same order; pass the "
@@ -114,13 +111,7 @@ def _check_origin(features: Effects, model: str, found: list[Dictionary], pairs:
         raise FeatpatchError(
             "the model's weights differ from those of the tables: expected the same weights; pass the model that was ranked"
         )
-    ranked = features.metadata.get("saes", {})
-    for dictionary in found:
-        if ranked.get(dictionary.name) != dictionary.digest():
-            raise FeatpatchError(
-                f"SAE {dictionary.name!r} is not one of those that were ranked: expected the SAEs {', '.join(ranked)}, with "
-                "the same weights; pass those"
-            )
+    check_saes(features, {each.name: each.digest() for each in found})
 
 
 def _ranked(table: Effects, effect: Effect) -> tuple[Node, ...]:
@@ -134,7 +125,7 @@ def _writer(node: Node) -> Writer:
     return Writer(sites.component(layer, "z") if is_result else node.site, node.kind, node.index)
 
 
-def _behind(writers: Writers, sources: list[Node], stream: dict[str, Dictionary], known: "_Known") -> list[Question]:
+def _downstream(writers: Writers, sources: list[Node], stream: dict[str, Dictionary], known: "_Known") -> list[Question]:
     """Ask for the contributions of components to all features with an effect that are downstream, for each position."""
     questions = []
     for position in dict.fromkeys(node.position for node in sources):
@@ -145,7 +136,7 @@ def _behind(writers: Writers, sources: list[Node], stream: dict[str, Dictionary]
     return questions
 
 
-def _into(writers: Writers, targets: list[Node], stream: dict[str, Dictionary]) -> list[Question]:
+def _upstream(writers: Writers, targets: list[Node], stream: dict[str, Dictionary]) -> list[Question]:
     """Ask for the contributions of all upstream writers to each of the features."""
     groups: dict[tuple[str, Position], list[int]] = {}
     for node in targets:

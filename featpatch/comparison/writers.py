@@ -85,7 +85,7 @@ class Writers:
                 found += [Writer(sites.component(layer, "z"), "head", head) for head in range(len(weight))]
             if self.lens.has_mlp(layer):
                 found.append(Writer(sites.component(layer, "mlp_out"), "activation"))
-        return [writer for writer in found if _place(writer.site) <= _place(reads)]
+        return [writer for writer in found if sites.reaches(writer.site, reads)]
 
     def output(self, writer: Writer, change: Mapping[str, torch.Tensor]) -> Float[torch.Tensor, "pos d_model"]:
         """Return the change in what a writer writes, given the changes `[pos, ...]` of the activations by hook point."""
@@ -96,20 +96,9 @@ class Writers:
         return whole.reshape(len(whole), len(weight), -1)[:, writer.index] @ weight[writer.index].to(whole)
 
 
-def on_stream(hook: str) -> bool:
-    """Return whether a hook point is the residual stream itself."""
-    return sites.entry(hook) is not None and sites.is_stream(hook)
-
-
 def changes(runs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the change from the corrupted to the clean run of activations `[2, pos, ...]`, in float32 or wider."""
     return {hook: wide(values[1]) - wide(values[0]) for hook, values in runs.items()}
-
-
-def _place(hook: str) -> tuple[int, bool]:
-    """Return the place of a hook point along the residual stream: its layer, and whether it comes after the attention."""
-    layer, place = sites.entry(hook) or (sites.layer_of(hook), "pre")
-    return layer, place != "pre"
 
 
 VALUES = 2**23

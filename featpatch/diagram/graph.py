@@ -41,7 +41,7 @@ def is_end(node: Node) -> bool:
 def component(node: Node) -> str:
     """Return the component at the hook point of a node, or the end of the hook's name if it is none of `ORDER`."""
     layer = sites.layer_of(node.site)
-    return next((name for name in ORDER if sites.component(layer, name) == node.site), node.site.split(".", 2)[-1])
+    return next((name for name in ORDER if sites.component(layer, name) == node.site), sites.within(node.site))
 
 
 def height(node: Node) -> tuple[float, int, str]:
@@ -172,11 +172,7 @@ def digits(value: float | None) -> str:
 
 
 def _finite(value: Any, where: str) -> float:
-    """Convert an effect to a float.
-
-    Raises:
-        FeatpatchError: it is not a finite number.
-    """
+    """Convert an effect to a float, or raise a FeatpatchError if it is not a finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -237,8 +233,8 @@ def layout(nodes: tuple[Node, ...]) -> Layout:
 
 def _bands(layers: list[float]) -> list[tuple[int, int]]:
     """Return the first and the last row of every other layer, given the layer of each row."""
-    blocks = [layer for layer in dict.fromkeys(layers) if 0 <= layer < float("inf")]
-    return [(layers.index(layer), layers.index(layer) + layers.count(layer) - 1) for layer in blocks[::2]]
+    inner = [layer for layer in dict.fromkeys(layers) if 0 <= layer < float("inf")]
+    return [(layers.index(layer), layers.index(layer) + layers.count(layer) - 1) for layer in inner[::2]]
 
 
 def _ordered(positions: list[Position]) -> list[Position]:

@@ -11,7 +11,7 @@ import pandas as pd
 from featpatch import sites
 from featpatch.diagram.draw import middles
 from featpatch.diagram.graph import INPUTS, LOGITS, Content, content, digits, is_end, is_group, label, layout, short
-from featpatch.errors import FeatpatchError, check_kinds, is_integer
+from featpatch.errors import FeatpatchError, check_kinds, counted, is_integer
 from featpatch.nodes import Node, Patch
 from featpatch.page.page import Block, Section, block, page, table
 
@@ -130,11 +130,7 @@ def viewer_json(
 
 
 def check_slug(slug: Any) -> None:
-    """Check that the name of a graph fits into an address.
-
-    Raises:
-        FeatpatchError: it does not.
-    """
+    """Raise a FeatpatchError unless the name of a graph fits into an address."""
     if not isinstance(slug, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", slug):
         raise FeatpatchError(f"slug={slug!r}: expected letters, digits, '-', '_' and '.', such as 'ioi-circuit'")
 
@@ -197,10 +193,9 @@ def _position(node: Node, n_tokens: int, labels: Mapping[str, int | tuple[int, .
 
 def _layers(said: Content) -> list[str]:
     """Return the layer of each node as text: E for the embedding, and for the output two more than the highest layer."""
-    blocks = [None if is_end(node) else sites.layer_of(node.site) for node in said.nodes]
-    above = max((block for block in blocks if block is not None), default=-1) + 2
+    above = max((sites.layer_of(node.site) for node in said.nodes if not is_end(node)), default=-1) + 2
     ends = {sites.EMBEDDING: "E", LOGITS: str(above)}
-    return [ends[node.site] if block is None else str(block) for node, block in zip(said.nodes, blocks, strict=True)]
+    return [ends[node.site] if is_end(node) else str(sites.layer_of(node.site)) for node in said.nodes]
 
 
 def _numbers(said: Content) -> list[int]:
@@ -274,7 +269,7 @@ def interactive(graph: Any, title: str, *, answer: str = "") -> str:
     check_kinds(str, title=title, answer=answer)
     said = content(graph)
     first = [Section("answer", "", "", [block("answer.html", answer=answer, figures=())])] if answer else []
-    return page(title, f"{len(said.nodes)} nodes, {len(said.edges)} edges", [*first, *sections(graph)])
+    return page(title, f"{counted(len(said.nodes), 'node')}, {counted(len(said.edges), 'edge')}", [*first, *sections(graph)])
 
 
 def sections(graph: Any) -> list[Section]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import featpatch
 from featpatch.effects.table import Effects
+from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.nodes import DIRECTIONS, Direction, Effect, Node
 from featpatch.pairs.pair import Positions, Wanted
@@ -167,6 +168,16 @@ def provenance(lens: Lens, pairs: Pairs) -> dict[str, Any]:
         "model": {"name": without_folder(lens.name), "sha256": lens.digest()},
         "versions": {**versions, "featpatch's code": code_digest()},
     }
+
+
+def check_saes(effects: Effects, digests: Mapping[str, str]) -> None:
+    """Raise a FeatpatchError unless each SAE, given by its name and digest, is one of those of a table."""
+    known = effects.metadata.get("saes", {})
+    if strange := next((name for name, digest in digests.items() if known.get(name) != digest), None):
+        raise FeatpatchError(
+            f"the SAE {strange!r} differs from that of the effects: expected some of {', '.join(known)}, with the same "
+            "weights; pass the SAEs that were ranked"
+        )
 
 
 def measured_places(

@@ -19,7 +19,7 @@ from featpatch.effects import statistics
 from featpatch.effects.measured import Measured
 from featpatch.effects.selection import WHERE_CHANGED
 from featpatch.effects.statistics import quadrant_labels
-from featpatch.errors import FeatpatchError, check_numbers, is_integer
+from featpatch.errors import FeatpatchError, check_numbers, counted, is_integer
 from featpatch.metrics import NEAR_ZERO, size
 from featpatch.nodes import TOGETHER, Edge, Effect, Node, Position
 
@@ -31,6 +31,11 @@ def number(value: float) -> str:
     decimals = min(max(2, 1 - int(np.floor(np.log10(abs(value))))), 4)
     short = round(value, decimals)
     return f"{short:.{decimals}f}" if short else "0.00"
+
+
+def sample(effects: Measured) -> str:
+    """Return the number of pairs, or of prompts without a counterfactual, with its noun."""
+    return counted(len(effects.clean), "pair" if effects.has_gap else "prompt")
 
 
 def full(effects: Measured) -> pd.DataFrame:
@@ -158,9 +163,6 @@ def by_tag(effects: Measured, tag: str, effect: Effect) -> pd.DataFrame:
 
     `depends` is True for a feature whose intervals under two values do not overlap. It is not a test with a controlled error
     rate: intervals over a few pairs are too narrow, and among thousands of features some intervals do not overlap by chance.
-
-    Raises:
-        FeatpatchError: no pair has the tag, or all have the same value of it.
     """
     table = _fields(effects.nodes)
     change, rows, ranked = effects.whole.changes(effect).toarray(), effects.rows_in_whole(), effects.whole.ranked
@@ -191,6 +193,7 @@ def _apart(intervals: list[NDArray[Any]]) -> NDArray[np.bool_]:
 
 SPLITS = 100
 TOP = 20
+"""The default length of a ranking that something is said about: its stability, and what screening missed."""
 LEAST_PAIRS = 4
 
 
@@ -240,23 +243,18 @@ def split_half(change: NDArray[np.float64], gap: NDArray[np.float64], splits: in
     Args:
         change: the changes, `[features, pairs]`; features with missing values are left out.
         gap: the gaps, `[pairs]`.
-        splits: the number of splits.
-        top: the number of largest features whose overlap is measured.
-        seed: the seed of the random splits.
-
-    Raises:
-        FeatpatchError: fewer than 4 pairs or 2 features with known values, or `splits` or `top` below 1.
+        splits, top, seed: as in `Effects.stability`, which describes the errors too.
     """
     change = change[~np.isnan(change).any(axis=1)] * np.sign(gap.sum())
     features, pairs = change.shape
     if pairs < LEAST_PAIRS:
         raise FeatpatchError(
-            f"stability of {pairs} pairs: expected at least {LEAST_PAIRS}, two for each half; rank over more pairs"
+            f"stability of {counted(pairs, 'pair')}: expected at least {LEAST_PAIRS}, two for each half; rank over more pairs"
         )
     if features < 2:
         raise FeatpatchError(
-            f"stability of {features} features with known values: expected at least 2, which a ranking can order; choose an "
-            "effect that was measured, or rank more positions or SAEs"
+            f"stability of {counted(features, 'feature')} with known values: expected at least 2, which a ranking can order; "
+            "choose an effect that was measured, or rank more positions or SAEs"
         )
     check_numbers(1, splits=splits, top=top)
     rng = np.random.default_rng(seed)

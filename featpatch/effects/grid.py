@@ -130,11 +130,7 @@ def _cell(node: Node) -> tuple[Any, ...]:
 
 
 def _check_single(effects: Measured, axes: Sequence[str]) -> None:
-    """Check that the nodes have everything but the axes in common, and that heads are an axis if there are any.
-
-    Raises:
-        FeatpatchError: they differ, or the axes do not fit the kind.
-    """
+    """Raise a FeatpatchError unless all but the axes is the same for all nodes, and heads are an axis if there are any."""
     fields: dict[str, list[Any]] = {
         "kind": [node.kind for node in effects.nodes],
         "site": [within(node.site) for node in effects.nodes],

@@ -27,13 +27,12 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from featpatch.effects import statistics
-from featpatch.effects.audit import without_estimates
+from featpatch.effects.audit import Array, without_estimates
 from featpatch.effects.selection import Over, indices
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.metrics import NEAR_ZERO, with_gap
 from featpatch.nodes import EFFECTS, RANKED, Effect, Node
 
-Array = NDArray[np.float64]
 T = TypeVar("T", bound="Measured")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featpatch.effects.frames import by_site
+from featpatch.effects.frames import by_site, sample
 from featpatch.effects.grid import Grid, chosen, grid, in_order, kind_of
 from featpatch.effects.measured import Measured
 from featpatch.effects.selection import measured_effect
@@ -166,8 +166,7 @@ class Plots:
             )  # fmt: skip
         largest = max(float(np.nanmax(np.abs(cells), initial=0.0)) for cells in values) or 1.0
         what = f"sum over features ({len(of_kind):,})" if kind == "feature" else WORDS.get(kind, kind)
-        noun = f"{'pair' if of.has_gap else 'prompt'}{'s' * (len(of.clean) != 1)}"
-        lines = [title or f"{what}: {of.titled(shown)} over {len(of.clean)} {noun}"]
+        lines = [title or f"{what}: {of.titled(shown)} over {sample(of)}"]
         if any(np.isnan(cells).any() for cells in values):
             lines.append("grey: not measured")
         figure.update_layout(

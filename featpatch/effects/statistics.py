@@ -208,11 +208,7 @@ QUADRANTS = {
 
 
 def check_threshold(threshold: float) -> None:
-    """Check that a threshold is a share.
-
-    Raises:
-        FeatpatchError: it is not a number between 0 and 1.
-    """
+    """Raise a FeatpatchError unless a threshold is a number between 0 and 1."""
     if not is_number(threshold) or not 0 < threshold < 1:
         raise FeatpatchError(
             f"threshold={threshold!r}: expected a number between 0 and 1, the fraction of the whole activation's effect above "

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from featpatch.effects.audit import without_estimates
 from featpatch.effects.measured import Measured
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, errors_about
 from featpatch.files import read_json, writing
 from featpatch.nodes import DIRECTIONS, EFFECTS, Edge, Node
 
@@ -44,11 +44,9 @@ def save(effects: Measured, path: Path) -> Path:
     if effects.taken_from is not None:
         effects = _with_whole_activations(effects)
     metadata = {**effects.metadata, "metrics": effects.metrics}
-    try:
+    with errors_about("these effects can't be saved, because the file could not be loaded again"):
         for table in (effects, *effects.others.values()):
             check_columns({**vars(table), "metadata": metadata}, len(effects.nodes))
-    except FeatpatchError as error:
-        raise FeatpatchError(f"these effects can't be saved, because the file could not be loaded again: {error}") from error
     if effects.taken_from is not None:
         metadata["rows_ranked"] = effects.rows_ranked
         metadata["shown_rows"] = shown
@@ -74,11 +72,7 @@ def save(effects: Measured, path: Path) -> Path:
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """Read a file and return the fields of one `Effects` per metric.
-
-    Raises:
-        FeatpatchError: the file is missing, damaged or not a table of effects.
-    """
+    """Read a file for `Effects.load`, which describes the errors, and return the fields of one `Effects` per metric."""
     if not path.is_file():
         raise FeatpatchError(f"there is no effects file {str(path)!r}: expected a file written by Effects.save; check the path")
     header: dict[str, str] = {}
@@ -110,7 +104,7 @@ def load(path: Path) -> list[dict[str, Any]]:
         for table, (m, spread) in zip(tables, spreads.items(), strict=True):
             check_columns(table, len(nodes))
             if any(column.shape != (len(nodes),) or column.dtype != np.float64 for column in spread.values()):
-                raise FeatpatchError(f"the spread of {m} does not have {len(nodes)} float64 values, one per row")
+                raise FeatpatchError(f"the spread of {m} does not fit: expected {len(nodes)} float64 values, one per row")
             if spread and not _draws(metadata.get("noise")):
                 raise FeatpatchError(f"noise is {_short(metadata.get('noise'))}: expected its number of draws")
             table["spread"] = spread

@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 
 from featpatch.effects import frames, storage
-from featpatch.effects.audit import Audit, audited
+from featpatch.effects.audit import Array, Audit, audited
 from featpatch.effects.frames import SPLITS, TOP, Stability, split_half
 from featpatch.effects.grid import Grid, chosen, grid
-from featpatch.effects.measured import Array, Measured
+from featpatch.effects.measured import Measured
 from featpatch.effects.plots import Plots
 from featpatch.effects.selection import WHERE_CHANGED, By, least_to_sort, measured_effect, sorting
 from featpatch.effects.statistics import check_threshold, quadrant_labels
-from featpatch.errors import FeatpatchError, check_choices, check_numbers
+from featpatch.errors import FeatpatchError, check_choices, check_numbers, counted
 from featpatch.files import as_path
 from featpatch.frame import ROWS, Frame, text
 from featpatch.nodes import EFFECTS, KINDS, Effect, Node, Position
@@ -71,12 +71,9 @@ class Effects(Measured):
             >>> [node.sae for node in errors.nodes]
             ['blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
         """
-        unknown = set(wanted) - set(Node.__dataclass_fields__)
-        if unknown:
-            raise FeatpatchError(
-                f"unknown columns {', '.join(map(repr, sorted(unknown)))}: expected some of "
-                f"{', '.join(Node.__dataclass_fields__)}"
-            )
+        fields = Node.__dataclass_fields__
+        if unknown := sorted(set(wanted) - set(fields)):
+            raise FeatpatchError(f"unknown columns {', '.join(map(repr, unknown))}: expected some of {', '.join(fields)}")
         if "kind" in wanted:
             check_choices(KINDS, kind=wanted["kind"])
         return self.take([i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())])
@@ -122,11 +119,10 @@ class Effects(Measured):
             >>> bool((sizes == abs(effects.pooled("recovery"))).all())
             True
         """
-        if effects is not None and not set(effects) <= set(self.directions_run()):
-            raise FeatpatchError(
-                f"effects={effects}: expected some of the measured effects, {', '.join(self.directions_run())}"
-            )
-        result: Array = np.max([np.abs(self.pooled(effect)) for effect in effects or self.directions_run()], axis=0)
+        run = self.directions_run()
+        if effects is not None and not set(effects) <= set(run):
+            raise FeatpatchError(f"effects={effects}: expected some of the measured effects, {', '.join(run)}")
+        result: Array = np.max([np.abs(self.pooled(effect)) for effect in effects or run], axis=0)
         return result
 
     def known(self) -> "Effects":
@@ -217,20 +213,14 @@ class Effects(Measured):
                 "full sweep needs no audit, because it patches every feature"
             )
         sizes = whole.take(whole.ranked).sizes([effect] if effect else None)
-        if len(sizes) != screening["k"] + screening["sampled"]:
+        k, sampled, candidates, looks = (screening[name] for name in ("k", "sampled", "candidates", "looks"))
+        if len(sizes) != k + sampled:
             raise FeatpatchError(
-                f"the table has {len(sizes)} of the {screening['k'] + screening['sampled']} features that were patched: "
-                "expected all of them; audit the table before you select rows"
+                f"the table has {len(sizes)} of the {k + sampled} features that were patched: expected all of them; audit the "
+                "table before you select rows"
             )
-        return audited(
-            sizes[: screening["k"]],
-            sizes[screening["k"] :],
-            screening["candidates"],
-            top=min(TOP, screening["k"]) if top is None else top,
-            confidence=confidence,
-            share=share,
-            looks=screening["looks"],
-        )
+        top = min(TOP, k) if top is None else top
+        return audited(sizes[:k], sizes[k:], candidates, top=top, confidence=confidence, share=share, looks=looks)
 
     def stability(self, effect: Effect, *, splits: int = SPLITS, top: int = TOP, seed: int = 0) -> Stability:
         """Measure how well the rankings of the features in two random halves of the pairs agree.
@@ -278,8 +268,7 @@ class Effects(Measured):
         Columns of each effect over all pairs: `recovery`, `_low` and `_high` (95 % interval), `_median`, `_sign_consistency`,
         `_p`, `_q`; over the `changed_pairs` in which the node differs: `recovery_where_changed` with its `_low` and `_high`.
         `unit` is what effects are measured in. With several draws of noise, `recovery_spread` is the standard deviation over
-        draws.
-        `smallest_p` is the smallest p-value possible with that number of changed pairs. `quadrant` is present if both
+        draws. `smallest_p` is the smallest p-value possible with that number of changed pairs. `quadrant` is present if both
         directions were run, and `_estimate` if features were screened. Columns of other metrics come last, prefixed with the
         metric's name: `prob_recovery`.
 
@@ -351,9 +340,8 @@ class Effects(Measured):
         """
         about = {name: value for name, value in self.metadata.items() if name not in ("tags", "places", "shown_rows")}
         if "screening" in about:
-            about["screening"] = {
-                name: value for name, value in about["screening"].items() if not isinstance(value, (list, dict))
-            }
+            screening = about["screening"].items()
+            about["screening"] = {name: value for name, value in screening if not isinstance(value, (list, dict))}
         return about
 
     def save(self, path: str | Path) -> Path:
@@ -395,18 +383,15 @@ class Effects(Measured):
         beside = [name for name in table if WHERE_CHANGED in name]  # in to_pandas(); here the lines would be too long
         shown = text(table.drop(columns=["sae", *pooled, "value", "unit", "route", *beside], errors="ignore"))
         more = f", the first {len(first)} of" if len(self) > len(first) else ","
-        return f"{self._headline()}{more} {len(self)} rows:\n{shown}"
+        return f"{self._headline()}{more} {counted(len(self), 'row')}:\n{shown}"
 
     def _headline(self) -> str:
-        what = f"effects of paths (route {self.route!r})" if self.route else "effects"
-        over = f"{self.value} {what} over {len(self.clean)}"
+        paths = f" of paths (route {self.route!r})" if self.route else ""
+        over = f"{self.value} effects{paths} over {frames.sample(self)}"
         if self.spread:
-            over += f" pairs and {self.metadata['noise']['draws']} draws of noise (spread: standard deviation over draws)"
-            return over
-        if self.has_gap:
-            return f"{over} pair{'s' if len(self.clean) > 1 else ''}"
-        return f"{over} prompt{'s' if len(self.clean) > 1 else ''}, as changes {self.unit} (clean - ablated)"
+            return f"{over} and {self.metadata['noise']['draws']} draws of noise (spread: standard deviation over draws)"
+        return over if self.has_gap else f"{over}, as changes {self.unit} (clean - ablated)"
 
     def _repr_html_(self) -> str:
-        shown = frames.brief(self.take(range(min(20, len(self))))).to_html(index=False, escape=True)
-        return f"{shown}<p>{len(self)} rows, {escape(self.unit)}</p>"
+        shown = frames.brief(self.take(range(min(ROWS, len(self))))).to_html(index=False, escape=True)
+        return f"{shown}<p>{counted(len(self), 'row')}, {escape(self.unit)}</p>"

@@ -15,11 +15,12 @@ from typing import Any, SupportsIndex
 import numpy as np
 import torch
 
-from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.errors import FeatpatchError, check_kinds, errors_about
 from featpatch.pairs.labels import label_positions
 from featpatch.pairs.pair import LabelPosition, Pair, Sequences, positions_of
 from featpatch.pairs.tokens import (
     AnswerTokens,
+    Ids,
     Tokenizer,
     one_row,
     plain_integers,
@@ -116,7 +117,7 @@ def _last_word(prompt: Prompt) -> Any:
     return prompt[len(prompt.rstrip().rpartition(" ")[0]) :] if isinstance(prompt, str) else None
 
 
-def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
+def token_ids(tokenizer: Tokenizer, prompt: Prompt) -> Ids:
     """Return the token ids of a prompt that is given as a text or as token ids.
 
     Raises:
@@ -176,9 +177,6 @@ def _ids(after: AnswerTokens, answers: Answers, long_answers: bool) -> Sequences
     return tuple(found)
 
 
-Ids = tuple[int, ...]
-
-
 def filler_id(tokenizer: Tokenizer, align: str | None, filler: str | None) -> int | None:
     """Return the token id of the filler, or None if there is none.
 
@@ -195,10 +193,8 @@ def filler_id(tokenizer: Tokenizer, align: str | None, filler: str | None) -> in
     if filler is None:
         return None
     check_kinds(str, filler=filler)
-    try:
+    with errors_about(f"filler={filler!r} can't be used"):
         return AnswerTokens(tokenizer, None).one(filler)
-    except FeatpatchError as error:
-        raise FeatpatchError(f"filler={filler!r} can't be used: {error}") from error
 
 
 def aligned(
@@ -249,27 +245,6 @@ def aligned(
     return clean, corrupted, dict(here), dict(there)
 
 
-def changed_span(pair: Pair, tokenizer: Tokenizer) -> str:
-    """Return both prompts as text, with brackets around the span from the first to the last token that differs.
-
-    Raises:
-        FeatpatchError: the tokenizer can't turn ids into text.
-    """
-    decode = getattr(tokenizer, "decode", None)
-    if decode is None:
-        raise FeatpatchError(
-            f"the tokenizer {tokenizer!r} has no decode: expected one that can convert ids to text, e.g. a Hugging Face "
-            "tokenizer"
-        )
-    differing = [p for p, (one, other) in enumerate(zip(pair.clean, pair.corrupted, strict=True)) if one != other]
-    if not differing:
-        return f"no token differs\nboth      {decode(list(pair.clean))}"
-    start, stop = differing[0], differing[-1] + 1
-    title = f"positions {start} to {stop - 1} of {len(pair)} tokens"
-    clean, corrupted = (_bracketed(decode, ids, start, stop) for ids in (pair.clean, pair.corrupted))
-    return f"{title}\nclean     {clean}\ncorrupted {corrupted}"
-
-
 def _end(label: LabelPosition) -> int:
     return positions_of(label)[-1]
 
@@ -286,10 +261,3 @@ def _filled(ids: Ids, labels: Mapping[str, LabelPosition], at: int, filling: Ids
 
     here = {name: moved(label) if isinstance(label, int) else tuple(map(moved, label)) for name, label in labels.items()}
     return ids[:at] + filling + ids[at:], here
-
-
-def _bracketed(decode: Any, ids: Ids, start: int, stop: int) -> str:
-    text = decode(list(ids))
-    begin, end = (len(decode(list(ids[:n]))) for n in (start, stop))
-    begin += len(text[begin:end]) - len(text[begin:end].lstrip())
-    return f"{text[:begin]}[{text[begin:end]}]{text[end:]}"

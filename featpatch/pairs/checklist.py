@@ -20,12 +20,12 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
-from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.errors import FeatpatchError, check_kinds, counted
 from featpatch.frame import Frame
 from featpatch.metrics import Measure, find
 from featpatch.page.page import block
 from featpatch.pairs.likelihood import Logits, Runs, log_probs
-from featpatch.pairs.pair import Pair, positions_of
+from featpatch.pairs.pair import Pair, differing, positions_of
 from featpatch.pairs.tokens import by_itself, first_token, is_padded, special_positions
 
 Status = Literal["pass", "warn", "fail"]
@@ -118,7 +118,7 @@ class Checklist:
         total = ", ".join(f"{verdicts.count(status)} {status}" for status in SEVERITY)
         lines = [f"{rule}: {n['warn']} warn, {n['fail']} fail; {RULES[rule]}" for rule, n in self.counts().items()
                  if n["warn"] or n["fail"]]  # fmt: skip
-        return "\n  ".join([f"checklist of {len(verdicts)} pairs: {total}", *lines])
+        return "\n  ".join([f"checklist of {counted(len(verdicts), 'pair')}: {total}", *lines])
 
     def _repr_html_(self) -> str:
         rows = [
@@ -170,7 +170,7 @@ def check(
         """Return the metric (0 for answers of several tokens) and the surprise at the changed tokens."""
         pair = pairs[index // 2]
         told = _told(logits, pair, measure if pair.wrong else find("log_prob")) if pair.correct else 0.0
-        return told, _surprise(logits, prompts[index], _changed(pair))
+        return told, _surprise(logits, prompts[index], differing(pair))
 
     values, surprised = map(list, zip(*runs.each(prompts, read), strict=True))
     whole = [index for index in range(len(prompts)) if pairs[index // 2].correct_sequences]
@@ -211,10 +211,6 @@ def _told(logits: torch.Tensor, pair: Pair, measure: Measure) -> float:
     return float(measure(row if columns is None else row[:, list(columns)], pair.correct, pair.wrong))
 
 
-def _changed(pair: Pair) -> list[int]:
-    return [p for p, (one, other) in enumerate(zip(pair.clean, pair.corrupted, strict=True)) if one != other]
-
-
 def _surprise(logits: torch.Tensor, tokens: tuple[int, ...], positions: Sequence[int]) -> float:
     """Return the mean of -log p, in nats, of the tokens at these positions given all tokens before them; 0 for none.
 
@@ -227,7 +223,7 @@ def _surprise(logits: torch.Tensor, tokens: tuple[int, ...], positions: Sequence
 
 
 def _difference(pair: Pair, tokenizer: Any) -> Outcome:
-    changed = _changed(pair)
+    changed = differing(pair)
     words = [tuple(_word(ids[p], tokenizer) for ids in (pair.clean, pair.corrupted)) for p in changed[:MANY]]
     shown = ", ".join(f"{p}: {one} -> {other}" for p, (one, other) in zip(changed, words, strict=False))
     detail = f"{len(changed)} of {len(pair)} tokens differ{f' ({shown})' if changed else ''}"
@@ -242,7 +238,7 @@ def _kind(pair: Pair, tokenizer: Any) -> Outcome:
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown in (*pair.clean, *pair.corrupted):
         return "warn", f"{(*pair.clean, *pair.corrupted).count(unknown)} of the tokens are unknown to the tokenizer"
-    for p in _changed(pair):
+    for p in differing(pair):
         kinds = [_kind_of(tokenizer, ids[p]) for ids in (pair.clean, pair.corrupted)]
         if kinds[0] != kinds[1]:
             words = [_word(ids[p], tokenizer) for ids in (pair.clean, pair.corrupted)]
@@ -265,12 +261,9 @@ def _even(difference: float) -> Outcome:
 
 def _start(pair: Pair, first: int | None, tokenizer: Any) -> Outcome:
     if tokenizer is not None and is_padded(tokenizer, pair.clean, pair.corrupted):
-        surely = is_padded(tokenizer, pair.clean, pair.corrupted, surely=True)
-        return (
-            ("fail", "begins or ends with padding")
-            if surely
-            else ("warn", "begins or ends with a token that is also the padding token")
-        )
+        if is_padded(tokenizer, pair.clean, pair.corrupted, surely=True):
+            return "fail", "begins or ends with padding"
+        return "warn", "begins or ends with a token that is also the padding token"
     begins = _word(pair.clean[0], tokenizer)
     if first is None or pair.clean[0] == first:
         return "pass", f"begins with {begins}"
@@ -346,11 +339,7 @@ def _word(token: int, tokenizer: Any) -> str:
 
 
 def without(pairs: Sequence[Pair], found: Checklist, dropped: str | Sequence[str]) -> tuple[Pair, ...]:
-    """Return the pairs whose worst status in a checklist is not among the dropped ones.
-
-    Raises:
-        FeatpatchError: a status is unknown, the checklist is of other pairs, or no pair is left.
-    """
+    """Return the pairs that are kept by `Pairs.drop`, which describes the arguments and errors."""
     check_kinds(Checklist, found=found)
     if len(found.clean) != len(pairs):
         raise FeatpatchError(
@@ -371,11 +360,7 @@ def without(pairs: Sequence[Pair], found: Checklist, dropped: str | Sequence[str
 
 
 def check_by_position(pairs: Sequence[Pair]) -> None:
-    """Check that no pair is patched label by label.
-
-    Raises:
-        FeatpatchError: one is.
-    """
+    """Raise a FeatpatchError if a pair is patched label by label."""
     for number, pair in enumerate(pairs):
         if pair.by_label:
             raise FeatpatchError(

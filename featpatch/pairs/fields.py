@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from featpatch.errors import FeatpatchError, each
+from featpatch.errors import FeatpatchError, each, errors_about
 from featpatch.pairs.build import filler_id, make
 from featpatch.pairs.files import Rows, fitting, parsed
 from featpatch.pairs.pair import Pair, positions_of
@@ -99,10 +99,8 @@ def from_cells(row: Mapping[str, Any]) -> dict[str, Any]:
     for column, cell in fields.items():
         several = column in OBJECTS or (column in ("correct", "wrong") and str(cell).startswith("["))
         if several and isinstance(cell, str):
-            try:
+            with errors_about(column):
                 fields[column] = parsed(cell, 'JSON such as ["a", "b"] or {"S2": 12}')
-            except FeatpatchError as error:
-                raise FeatpatchError(f"{column}: {error}") from error
     return checked({**fields, "tags": {column: str(cell) for column, cell in filled.items()}})
 
 
@@ -194,11 +192,7 @@ def written(pair: Pair, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def _check_unicode(pair: Pair) -> None:
-    """Check that labels and tags can be written to a file.
-
-    Raises:
-        FeatpatchError: one is not a string, or contains a surrogate (half of a character).
-    """
+    """Raise a FeatpatchError unless all labels and tags are strings without surrogates (halves of characters)."""
     texts = [*pair.labels, *pair.tags, *pair.tags.values()]
     if not all(isinstance(text, str) for text in texts) or any("\ud800" <= char <= "\udfff" for char in "".join(texts)):
         raise FeatpatchError(

@@ -4,14 +4,15 @@ import csv
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import pandas as pd
 
-from featpatch.errors import FeatpatchError, check_kinds, each
+from featpatch.errors import FeatpatchError, check_kinds, counted, each, errors_about
 from featpatch.files import as_path, read_json
 from featpatch.pairs.tokens import PairsWarning
 
@@ -29,27 +30,37 @@ class Rows:
     values: list[Any]
 
 
-def read(path: str | Path, kind: str, holding: str) -> str:
-    """Return the text of a file.
+@contextmanager
+def opened(path: str | Path, kind: str) -> Iterator[TextIO]:
+    """Yield a file that is open for reading, whose lines end with a line feed.
 
     Args:
         path: the file.
-        kind, holding: what the file should be and what it should hold, for error messages, e.g. "a CSV file" and "a header
-            and a row per pair".
+        kind: what the file should be, for error messages, e.g. "a CSV file".
 
     Raises:
-        FeatpatchError: the file is missing, not UTF-8 or empty.
+        FeatpatchError: the file is missing or not UTF-8.
     """
     path = as_path(path)
     if not path.is_file():
-        raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of {kind}")
+        raise FeatpatchError(f"there is no pairs file {str(path)!r}: expected {kind}; check the path")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            text = file.read()
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            yield file
     except UnicodeDecodeError as error:
         raise FeatpatchError(
             f"the pairs file {str(path)!r} is not UTF-8 ({error}): expected UTF-8 text; save it in this encoding"
         ) from error
+
+
+def read(path: str | Path, kind: str, holding: str) -> str:
+    """Return the text of a file that holds what it should, in words for error messages, e.g. "a header and a row per pair".
+
+    Raises:
+        FeatpatchError: the file is missing, not UTF-8 or empty.
+    """
+    with opened(path, kind) as file:
+        text = file.read()
     if not text.strip():
         raise FeatpatchError(f"the pairs file {str(path)!r} is empty: expected {holding}")
     return text
@@ -71,22 +82,14 @@ def json_lines_in_blocks(path: str | Path, needed: Sequence[str], size: int) -> 
     Raises:
         FeatpatchError: the file can't be read or is empty, or a line is not a JSON object with the needed fields.
     """
-    path = as_path(path)
-    if not path.is_file():
-        raise FeatpatchError(f"there is no pairs file {str(path)!r}: give the path of a JSON-lines file")
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            lines = _numbered(path, file)
+    with opened(path, "a JSON-lines file") as file:
+        lines = _numbered(path, file)
+        block = dict(islice(lines, size))
+        if not block:
+            raise FeatpatchError(f"the pairs file {str(path)!r} is empty: expected one JSON object per line")
+        while block:
+            yield _objects(block, needed)
             block = dict(islice(lines, size))
-            if not block:
-                raise FeatpatchError(f"the pairs file {str(path)!r} is empty: expected one JSON object per line")
-            while block:
-                yield _objects(block, needed)
-                block = dict(islice(lines, size))
-    except UnicodeDecodeError as error:
-        raise FeatpatchError(
-            f"the pairs file {str(path)!r} is not UTF-8 ({error}): expected UTF-8 text; save it in this encoding"
-        ) from error
 
 
 def _numbered(path: str | Path, lines: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -179,11 +182,7 @@ def parsed(text: str, expected: str) -> Any:
 
 
 def have_columns(name: str, columns: Sequence[str], needed: Sequence[str]) -> None:
-    """Check that a table has the required columns.
-
-    Raises:
-        FeatpatchError: a column is missing or occurs twice.
-    """
+    """Raise a FeatpatchError unless a table has the required columns, and each column once."""
     missing = [column for column in needed if column not in columns]
     if missing:
         raise FeatpatchError(
@@ -231,11 +230,12 @@ def fitting(
     made, refused = [], []
     for row, name in zip(rows, where, strict=True):
         try:
-            made.append(make(row))
+            with errors_about(name):
+                made.append(make(row))
         except FeatpatchError as error:
             if not skip:
-                raise FeatpatchError(f"{name}: {error}") from error
-            refused.append(f"{name}: {error}")
+                raise
+            refused.append(str(error))
     if refused and not made:
         raise FeatpatchError(
             f"none of the {len(rows)} pairs fits this tokenizer: expected at least one; the first problem: {refused[0]}"
@@ -246,6 +246,6 @@ def fitting(
         )
         warnings.warn(message, PairsWarning, stacklevel=4)
     if remarks:
-        others = f" (and {len(remarks) - 1} similar remarks)" if len(remarks) > 1 else ""
+        others = f" (and {counted(len(remarks) - 1, 'similar remark')})" if len(remarks) > 1 else ""
         warnings.warn(f"{remarks[0]}{others}", PairsWarning, stacklevel=4)
     return tuple(made)

@@ -1,9 +1,14 @@
-"""Importers of the pair files of other projects, one function per project with the same signature."""
+"""Importers of the pair files of other projects, one function per project.
+
+Each takes the model or its tokenizer, the path of the file, and `skip`: whether to leave out pairs that do not fit the
+tokenizer, with a warning that counts them. Each raises a FeatpatchError if the file is not in the format, or if a pair does not
+fit the tokenizer (with `skip`: if none does).
+"""
 
 from pathlib import Path
 from typing import Any
 
-from featpatch.errors import FeatpatchError, each
+from featpatch.errors import FeatpatchError, each, errors_about
 from featpatch.pairs.build import make, token_ids
 from featpatch.pairs.files import csv_rows, fitting, have_columns, json_lines, parsed, read
 from featpatch.pairs.labels import after_special
@@ -12,22 +17,11 @@ from featpatch.pairs.tokens import AnswerTokens, Tokenizer
 
 
 def auto_circuit(tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> tuple[Pair, ...]:
-    """Read the pairs of an auto-circuit file; `word_idxs` become labels.
-
-    Args:
-        tokenizer: the model or its tokenizer.
-        path: the JSON file.
-        skip: whether to leave out pairs that do not fit the tokenizer, with a warning that counts them.
-
-    Raises:
-        FeatpatchError: the file is not in the format, or a pair does not fit the tokenizer (with `skip`: none does).
-    """
+    """Read the pairs of an auto-circuit file, which is JSON; `word_idxs` become labels."""
     expected = "a JSON object with a list of prompts"
     text = read(path, "a JSON file", expected)
-    try:
+    with errors_about(repr(str(path))):
         data = parsed(text, expected)
-    except FeatpatchError as error:
-        raise FeatpatchError(f"{str(path)!r}: {error}") from error
     prompts = data.get("prompts") if isinstance(data, dict) else None
     if not isinstance(prompts, list) or not prompts:
         raise FeatpatchError(f"{str(path)!r} holds {text[:60]!r}: expected {expected}, one or more")
@@ -88,17 +82,10 @@ YEAR = ("label",)
 
 
 def eap_ig(tokenizer: Tokenizer, path: str | Path, *, corrupted: str = "corrupted", skip: bool = False) -> tuple[Pair, ...]:
-    """Read the pairs of an EAP-IG file; the columns determine the task, and other columns are not read.
+    """Read the pairs of an EAP-IG file, which is CSV; the columns determine the task, and other columns are not read.
 
     Args:
-        tokenizer: the model or its tokenizer.
-        path: the CSV file.
         corrupted: the column of the corrupted prompts.
-        skip: whether to leave out pairs that do not fit the tokenizer, with a warning that counts them.
-
-    Raises:
-        FeatpatchError: unknown columns, a cell that is not in the format, or a pair that does not fit the tokenizer (with
-            `skip`: none does).
     """
     rows = csv_rows(path, ())
     columns = list(rows.values[0])
@@ -135,10 +122,8 @@ def _numbers(column: str, cell: str, task: tuple[str, ...]) -> list[int]:
     expected = (
         "a token id or a list of them, e.g. 12 or [12, 34]" if task != YEAR else "the last two digits of a year, e.g. 52 or 4"
     )
-    try:
+    with errors_about(column):
         value = parsed(cell, expected)
-    except FeatpatchError as error:
-        raise FeatpatchError(f"{column}: {error}") from error
     numbers = value if isinstance(value, list) and task != YEAR else [value]
     if not numbers or not all(type(number) is int and number >= 0 for number in numbers) or (task == YEAR and numbers[0] > 99):
         raise FeatpatchError(f"{column} is {cell!r}: expected {expected}")
@@ -166,16 +151,7 @@ FIELDS = ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")
 
 
 def feature_circuits(tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> tuple[Pair, ...]:
-    """Read the pairs of a feature-circuits file; `clean_answer` is correct, `patch_answer` wrong.
-
-    Args:
-        tokenizer: the model or its tokenizer.
-        path: the JSON-lines file.
-        skip: whether to leave out pairs that do not fit the tokenizer, with a warning that counts them.
-
-    Raises:
-        FeatpatchError: a line is not in the format, or a pair does not fit the tokenizer (with `skip`: none does).
-    """
+    """Read the pairs of a feature-circuits file, which is JSON lines; `clean_answer` is correct, `patch_answer` wrong."""
     rows = json_lines(path, FIELDS)
     each(_check_feature_circuits, rows.values, where=rows.where)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, errors_about
 from featpatch.pairs.pair import LabelPosition
 from featpatch.pairs.tokens import Tokenizer, bare_ids, plain_integers, plain_tokenizer, prompt_ids, special_positions
 
@@ -62,10 +62,8 @@ def label_positions(tokenizer: Tokenizer, prompt: str | Sequence[int], labels: M
     """
     positions = {}
     for name, label in labels.items():
-        try:
+        with errors_about(f"label {name!r}"):
             positions[name] = _position(tokenizer, prompt, label)
-        except FeatpatchError as error:
-            raise FeatpatchError(f"label {name!r}: {error}") from error
     return positions
 
 

@@ -60,11 +60,7 @@ class Runs:
         return [taken[index] for index in range(len(prompts))]
 
     def _logits(self, prompts: Sequence[tuple[int, ...]]) -> Float[torch.Tensor, "batch pos d_vocab"]:
-        """Run prompts of equal length, check the logits and return them in float32 or wider.
-
-        Raises:
-            FeatpatchError: the model fails on the tokens, or gives no logits or logits that are not finite.
-        """
+        """Run prompts of equal length for `each`, check the logits and return them in float32 or wider."""
         device = next((p.device for p in getattr(self.model, "parameters", lambda: iter(()))()), torch.device("cpu"))
         tokens = torch.tensor(prompts, device=device)
         try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from operator import index
 from typing import Any, SupportsIndex, cast
 
-from featpatch.errors import MAX_INTEGER, FeatpatchError, FeatpatchWarning, check_kinds, is_integer
+from featpatch.errors import MAX_INTEGER, FeatpatchError, FeatpatchWarning, check_kinds, is_integer, listed
 from featpatch.nodes import Position
 from featpatch.pairs.tokens import plain_integers
 from featpatch.untrusted import visible
@@ -111,8 +111,7 @@ class Pair:
         return len(self.clean)
 
     def __repr__(self) -> str:
-        differing = sum(one != other for one, other in zip(self.clean, self.corrupted, strict=False))
-        size = f"{len(self)} tokens, of which {differing} differ"
+        size = f"{len(self)} tokens, of which {len(differing(self))} differ"
         if self.by_label:
             size = f"{len(self)} and {len(self.corrupted)} tokens, patched label by label"
         right, wrong = map(_shown, self.answers)
@@ -137,8 +136,7 @@ class Pair:
     @property
     def first_difference(self) -> int:
         """The first position at which the prompts differ; the number of tokens if they are equal."""
-        differing = (p for p, (one, other) in enumerate(zip(self.clean, self.corrupted, strict=False)) if one != other)
-        return next(differing, min(len(self), len(self.corrupted)))
+        return next(iter(differing(self)), min(self.lengths))
 
     @property
     def by_label(self) -> bool:
@@ -281,16 +279,11 @@ def _checked_labels(labels: Mapping[str, Any], n: int) -> dict[str, LabelPositio
 
 def _shown(answers: Sequences) -> str:
     """Return the token ids of the first three answers as text."""
-    more = f" and {len(answers) - 3} more" if len(answers) > 3 else ""
-    return ", ".join(" ".join(map(str, ids)) for ids in answers[:3]) + more or "none"
+    return listed([" ".join(map(str, ids)) for ids in answers], 3) or "none"
 
 
 def check_answers(pair: Pair, metrics: Sequence[str]) -> None:
-    """Check that a pair has answers if any metrics, given by name, read them.
-
-    Raises:
-        FeatpatchError: it has none.
-    """
+    """Raise a FeatpatchError if a pair has no answers, and any metrics, given by name, read them."""
     if metrics and not pair.answers[0]:
         raise FeatpatchError(
             f"a prompt has no answers, and {', '.join(metrics)} reads them: expected correct=..., or a metric that is a "
@@ -299,11 +292,7 @@ def check_answers(pair: Pair, metrics: Sequence[str]) -> None:
 
 
 def _check_tokens(name: str, tokens: object) -> None:
-    """Check that tokens are a tuple of integers small enough for arrays.
-
-    Raises:
-        FeatpatchError: they are not.
-    """
+    """Raise a FeatpatchError unless tokens are a tuple of integers small enough for arrays."""
     check_kinds(tuple, **{name: tokens})
     for token in tokens if isinstance(tokens, tuple) else ():
         if type(token) is not int or abs(token) > MAX_INTEGER:
@@ -323,6 +312,11 @@ def token_index(position: int, length: int) -> int:
             "the end"
         )
     return position % length
+
+
+def differing(pair: Pair) -> list[int]:
+    """Return the positions at which the tokens of the two prompts differ; what exceeds the shorter prompt does not count."""
+    return [p for p, (one, other) in enumerate(zip(pair.clean, pair.corrupted, strict=False)) if one != other]
 
 
 def positions_of(label: LabelPosition) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex, overload
 import torch
 from jaxtyping import Int
 
-from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.errors import FeatpatchError, check_kinds, counted
 from featpatch.page.page import block
 from featpatch.pairs import checklist
 from featpatch.pairs.build import Answers, Prompt
@@ -84,8 +84,8 @@ class Pairs(PairsInFiles, Sequence[Pair]):
                 prompt has that label. A span must have as many tokens in both prompts, and metrics are read at the ends.
             filler: a word that is one token, e.g. `" the"`, to change the prompts instead, so that all functions can use them:
                 if they differ in length between two labels, copies of the filler are added to the shorter one after the first
-                of these labels; see `changed_span`. A PairsWarning shows such a prompt. Positions given as labels are those
-                in the prompts as given.
+                of these labels. A PairsWarning shows such a prompt. Positions given as labels are those in the prompts as
+                given.
             long_answers: whether every answer is a sequence of one or more tokens, for the metric `"sequence_log_prob"`.
 
         Raises:
@@ -186,17 +186,14 @@ class Pairs(PairsInFiles, Sequence[Pair]):
         return replace(self, pairs=self.pairs + check_pairs(other, by_label=True).pairs)
 
     def __repr__(self) -> str:
-        lengths, labels = (
-            sorted({size for pair in self for size in pair.lengths}),
-            dict.fromkeys(label for pair in self for label in pair.labels),
-        )
+        lengths = sorted({size for pair in self for size in pair.lengths})
+        labels = dict.fromkeys(label for pair in self for label in pair.labels)
         tokens = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-        what, alone = "pairs", ""
-        if not self.has_counterfactual:
-            what, alone = "prompt" if len(self) == 1 else "prompts", " without a counterfactual"
+        noun, alone = ("pair", "") if self.has_counterfactual else ("prompt", " without a counterfactual")
         apart = sum(pair.by_label for pair in self)
         how = f", {apart} of them patched label by label" if apart else ""
-        return visible(f"{len(self)} {what} of {tokens} tokens{alone}, labels {', '.join(labels) or '(none)'}{how}")
+        said = f"{counted(len(self), noun)} of {tokens} tokens{alone}, labels {', '.join(labels) or '(none)'}{how}"
+        return visible(said)
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self.pairs)
@@ -305,11 +302,7 @@ def check_counterfactual(pairs: Any, *, by_label: bool = False) -> Pairs:
 
 
 def check_unmixed(pairs: Pairs) -> None:
-    """Check that all pairs have a counterfactual or none has.
-
-    Raises:
-        FeatpatchError: only some have one.
-    """
+    """Raise a FeatpatchError unless all pairs have a counterfactual or none has."""
     without = [index for index, pair in enumerate(pairs) if not pair.has_counterfactual]
     if 0 < len(without) < len(pairs):
         raise FeatpatchError(

@@ -22,12 +22,7 @@ Own = TypeVar("Own", bound="PairsInFiles")
 
 @dataclass(frozen=True, repr=False)
 class PairsInFiles:
-    """Pairs that are read from files and tables, and written to them; `Pairs` adds everything else.
-
-    Attributes:
-        pairs: the pairs.
-        tokenizer: the tokenizer with which a notebook shows the pairs as text; without it, token ids are shown.
-    """
+    """Pairs that are read from files and tables, and written to them; `Pairs` adds everything else."""
 
     pairs: tuple[Pair, ...]
     tokenizer: Any = field(default=None, compare=False)

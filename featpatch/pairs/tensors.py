@@ -25,13 +25,8 @@ def of_tensors(
     attention_mask: torch.Tensor | Table | None,
     tokenizer: Tokenizer | None,
 ) -> tuple[Pair, ...]:
-    """Make the pairs of `Pairs.from_tokens`.
-
-    Raises:
-        FeatpatchError: the tables, labels or padding are not valid, see `Pairs.from_tokens`.
-    """
-    given: dict[str, Any] = {"clean": clean, "corrupted": corrupted}
-    columns: dict[str, Sequence[Any]] = {name: _rows(name, value) for name, value in given.items()}
+    """Make the pairs of `Pairs.from_tokens`, which describes the arguments and errors."""
+    columns: dict[str, Sequence[Any]] = {"clean": _rows("clean", clean), "corrupted": _rows("corrupted", corrupted)}
     count = len(columns["clean"])
     for name, answers in (("correct", correct), ("wrong", wrong)):
         none = answers is None or (name == "wrong" and not len(answers))

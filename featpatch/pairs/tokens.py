@@ -224,11 +224,7 @@ def is_padded(tokenizer: Tokenizer, *prompts: Sequence[int], surely: bool = Fals
 
 
 def check_starts(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> None:
-    """Check that no row of a batch may be padded by one token where the padding token is also BOS.
-
-    Raises:
-        FeatpatchError: some rows begin with the padding token, which is also BOS, and others do not.
-    """
+    """Raise a FeatpatchError if some rows of a batch begin with the padding token, which is also BOS, and others do not."""
     pad, bos, _shared = _padding(tokenizer)
     begin = sum(row[0] == pad for row in rows if row)
     if pad is not None and pad == bos and 0 < begin < len(rows):
@@ -277,6 +273,12 @@ def plain_tokenizer(tokenizer: Tokenizer) -> Any:
             "ids, or a model that has a tokenizer"
         )
     return plain
+
+
+def check_tokenizer(tokenizer: Any, use: str) -> None:
+    """Raise a FeatpatchError, which says what a tokenizer would be used for, if a model has none."""
+    if tokenizer is None:
+        raise FeatpatchError(f"the model has no tokenizer: expected one {use}; pass it when you load the model")
 
 
 def _model(tokenizer: Any) -> Any:

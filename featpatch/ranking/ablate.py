@@ -85,7 +85,7 @@ def ablate(
         One row per feature, error term or component, with its degradation.
 
     Raises:
-        FeatpatchError: if the input is unusable, there is nothing to ablate, or there is no prompt to average or resample.
+        FeatpatchError: the input is unusable, there is nothing to ablate, or there is no prompt to average or resample.
 
     Examples:
         >>> ablated = fp.ablate(model, pairs, sites="z", layers=[1], positions=["S2"], to="zero", progress=False)
@@ -120,15 +120,8 @@ def ablate(
     if sites:
         more, noted = component_estimators(gradients, sites, layers, positions)
         estimators, about = estimators + more, about | noted
-    return estimated(
-        gradients,
-        estimators,
-        about | contrast.about(),
-        positions,
-        ["noising"],
-        progress=progress,
-        ablated=_ablated(contrast, parts, dictionaries),
-    )
+    about, ablated = about | contrast.about(), _ablated(contrast, parts, dictionaries)
+    return estimated(gradients, estimators, about, positions, ["noising"], progress=progress, ablated=ablated)
 
 
 def _ablated(

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from scipy.stats import rankdata, spearmanr
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.effects.audit import Array
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted
 from featpatch.frame import Frame
 from featpatch.model.lens import Lens
 from featpatch.model.projections import rounding
@@ -26,13 +26,11 @@ from featpatch.tracing.prompt import prompt_of
 from featpatch.tracing.result import AttributionGraph
 from featpatch.untrusted import in_figure, visible
 
-Numbers = NDArray[np.float64]
-
 NAMED = 8
 """The number of nodes with the largest exact effects that are named in a figure."""
 
 ROWS = 64
-"""Maximum number of sources that are ablated in one forward pass."""
+"""The largest number of sources that are ablated in one forward pass."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,11 @@ class GraphEffects:
 
     nodes: tuple[Node, ...]
     names: tuple[str, ...]
-    influence: Numbers
-    predicted: Numbers
-    exact: Numbers
+    influence: Array
+    predicted: Array
+    exact: Array
     edges: tuple[EdgeEffect, ...]
-    swapped: Numbers | None = None
+    swapped: Array | None = None
 
     @property
     def spearman(self) -> float:
@@ -97,9 +95,9 @@ class GraphEffects:
         return _spearman(self.predicted, self.exact)
 
     @property
-    def overrated(self) -> Numbers:
+    def overrated(self) -> Array:
         """The number of ranks that each node is higher by influence than by the size of its exact effect; negative if lower."""
-        found: Numbers = rankdata(-abs(self.exact)) - rankdata(-self.influence)
+        found: Array = rankdata(-abs(self.exact)) - rankdata(-self.influence)
         return found
 
     def to_pandas(self, n: int | None = None) -> Any:
@@ -124,12 +122,8 @@ class GraphEffects:
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         check_kinds(str, title=title)
-        axes = {
-            "xaxis_title": "influence in the graph",
-            "xaxis_type": "log",
-            "yaxis_title": "exact effect of ablating the node",
-        }
-        figure = go.Figure(layout={"title": in_figure(title), **axes})
+        axes = {"xaxis_title": "influence in the graph", "yaxis_title": "exact effect of ablating the node"}
+        figure = go.Figure(layout={"title": in_figure(title), "xaxis_type": "log", **axes})
         largest = np.argsort(-abs(self.exact), kind="stable")[:NAMED].tolist()
         texts = [in_figure(name) if row in largest else "" for row, name in enumerate(self.names)]
         hover = {"hovertext": [in_figure(name) for name in self.names], "hoverinfo": "text+x+y"}
@@ -144,12 +138,12 @@ class GraphEffects:
 
     def __repr__(self) -> str:
         return visible(
-            f"exact effects of {len(self.nodes)} nodes of a graph: Spearman {self.spearman:.2f} of influence with their size, "
-            f"{self.spearman_predicted:.2f} of the predicted with the exact effects\n{self.to_pandas(10)}"
+            f"exact effects of {counted(len(self.nodes), 'node')} of a graph: Spearman {self.spearman:.2f} of influence with "
+            f"their size, {self.spearman_predicted:.2f} of the predicted with the exact effects\n{self.to_pandas(10)}"
         )
 
 
-def _spearman(one: Numbers, other: Numbers) -> float:
+def _spearman(one: Array, other: Array) -> float:
     return float(spearmanr(one, other).statistic) if len(one) > 1 and np.ptp(one) and np.ptp(other) else float("nan")
 
 
@@ -263,11 +257,7 @@ class _Runs:
         self.features = {name: each.split(self.clean).features[0] for name, each in known.items()}
 
     def check(self) -> None:
-        """Check that features have the values that they have in the graph.
-
-        Raises:
-            FeatpatchError: one has not, because the graph is of another model or of other transcoders.
-        """
+        """Raise a FeatpatchError unless features have the values that they have in the graph."""
         numbers = [n for n, node in enumerate(self.graph.nodes) if node.kind == "feature"]
         values = self.graph.values[numbers]
         for number, value in zip(numbers, values, strict=True):

@@ -10,6 +10,7 @@ the corrupted run is repaired (interaction < 0: redundant). Members that are onl
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,7 +21,7 @@ from featpatch.descriptions import READ, check_texts, descriptions_of, documents
 from featpatch.effects.selection import measured_effect
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted, is_number
 from featpatch.frame import Frame, text
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
@@ -151,11 +152,11 @@ class Groups:
         return f"{self._title()}\n{text(self._brief())}"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self._title()}</p>{self._brief().to_html(index=False, max_rows=20, float_format='{:.3g}'.format)}"
+        return f"<p>{escape(self._title())}</p>{self._brief().to_html(index=False, max_rows=20, float_format='{:.3g}'.format)}"
 
     def _title(self) -> str:
-        members, groups = len(self.effects) - len(self), "1 group" if len(self) == 1 else f"{len(self)} groups"
-        return f"{groups} of {members} nodes, patched together (exact, {self.effects.metadata['metric']})"
+        size = f"{counted(len(self), 'group')} of {counted(len(self.effects) - len(self), 'node')}"
+        return f"{size}, patched together (exact, {self.effects.metadata['metric']})"
 
     def _brief(self) -> pd.DataFrame:
         """Return the table with the sum and the interaction of the first effect only."""
@@ -210,7 +211,7 @@ def group_features(
         members are active, or before which they are.
 
     Raises:
-        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+        FeatpatchError: the input is unusable; the message gives the value, what was expected and what to do next.
 
     Examples:
         >>> groups = fp.group_features(model, saes, pairs, effects.top(20), similarity="decoder", size=5, progress=False)
@@ -235,10 +236,9 @@ def group_features(
             raise FeatpatchError(f"size={size}: expected at most {len(features)} groups, the number of features")
         known = {_bare(node): label for node, label in (labels or {}).items()}
         if known and not any(_bare(node) in known for node in features):
-            count = "1 node" if len(known) == 1 else f"{len(known)} nodes"
             raise FeatpatchError(
-                f"labels of {count}, none of which is among the features (the first is {str(next(iter(known)))!r}): expected "
-                "labels of these features; load those of their SAE, or leave labels out"
+                f"labels of {counted(len(known), 'node')}, none of which is among the features (the first is "
+                f"{str(next(iter(known)))!r}): expected labels of these features; load those of their SAE, or leave labels out"
             )
         prompts = documents_of(lens, pairs[:READ] if texts is None else texts)
         keys: Sequence[Any]
@@ -274,11 +274,7 @@ def group_features(
 
 
 def _check(nodes: Any, similarity: Any, least: Any, size: Any, labels: Any, texts: Any) -> None:
-    """Check that the arguments that determine the groups fit together.
-
-    Raises:
-        FeatpatchError: they do not.
-    """
+    """Raise a FeatpatchError unless the arguments that determine the groups fit together."""
     check_choices(get_args(Similarity), similarity="effects" if similarity is None else similarity)
     if isinstance(nodes, Mapping):
         given = {"similarity": similarity, "least": least, "size": size, "labels": labels, "texts": texts}

@@ -71,7 +71,7 @@ def rank_nodes(
         the number of the patch in the list.
 
     Raises:
-        FeatpatchError: if the input is unusable, a node can't be patched, or the nodes can't be patched together.
+        FeatpatchError: the input is unusable, a node can't be patched, or the nodes can't be patched together.
 
     Examples:
         >>> nodes = [fp.head(1, 3, "v", "S2"), fp.feature(saes[0], 433, "S2"), fp.Node("blocks.0.hook_mlp_out", "activation")]

@@ -26,19 +26,19 @@ class Plan:
     """An estimate of the cost of a sweep.
 
     Attributes:
-        patches: number of exact runs in both directions; patches that change nothing cost nothing and are left out. An estimate
-            if fewer pairs were counted than there are.
-        rows: number of positions to compute, over all patches; likewise an estimate.
-        flops: floating-point operations of the matrix products; likewise an estimate.
-        batch_rows: number of rows that share a forward pass.
-        memory: bytes that a forward pass takes at its peak, estimated from the model's sizes.
-        seconds: duration of the sweep, estimated from the time of one batch that was run on this machine.
+        patches: the number of exact runs in both directions; patches that change nothing cost nothing and are left out. It is
+            an estimate if fewer pairs were counted than there are.
+        rows: the number of positions to compute, over all patches; likewise an estimate.
+        flops: the floating-point operations of the matrix products; likewise an estimate.
+        batch_rows: the number of rows that share a forward pass.
+        memory: the bytes that a forward pass takes at its peak, estimated from the model's sizes.
+        seconds: the duration of the sweep, estimated from the time of one batch that was run on this machine.
         fast: whether featpatch's own, fast forward pass is used.
-        nodes: number of features, heads, neurons or paths, each at each position, that differ in some pair; likewise an
+        nodes: the number of features, heads, neurons or paths, each at each position, that differ in some pair; likewise an
             estimate.
-        estimate_seconds: time to estimate all features by gradients, extrapolated from a few pairs that were run on this
+        estimate_seconds: the time to estimate all features by gradients, extrapolated from a few pairs that were run on this
             machine; None for a metric that has no gradient, for components and for paths.
-        counted, pairs: number of pairs that were counted, and number of pairs that there are.
+        counted, pairs: the number of pairs that were counted, and of pairs that there are.
         screens: whether the sweep is over features, which gradient estimates can screen.
 
     Examples:
@@ -117,7 +117,7 @@ def plan(
         The plan, with numbers of patches and positions, floating-point operations, bytes and seconds.
 
     Raises:
-        FeatpatchError: if the input is unusable, or the arguments belong to different functions.
+        FeatpatchError: the input is unusable, or the arguments belong to different functions.
 
     Examples:
         >>> plan = fp.plan(model, saes, pairs, positions=["S2"])
@@ -183,11 +183,7 @@ def _of_all_lengths(pairs: Pairs) -> Pairs:
 def _check_one_function(
     saes: Any, sites: Any, layers: Any, senders: Nodes | None, receivers: Nodes | None, route: Route, positions: Positions
 ) -> None:
-    """Refuse arguments that no single function takes.
-
-    Raises:
-        FeatpatchError: if the arguments belong to different functions.
-    """
+    """Raise a FeatpatchError if the arguments belong to different functions."""
     paths = senders is not None or receivers is not None
     given = {"sites": sites, "layers": layers, "senders": senders, "receivers": receivers}
     named = [name for name, value in given.items() if value is not None]

@@ -13,7 +13,7 @@ from featpatch.attribution.features import estimate_features
 from featpatch.attribution.gradients import METHODS, Gradients, check_gradient, check_method, differentiable
 from featpatch.attribution.paths import estimate_paths
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, counted
 from featpatch.metrics import find, one_metric
 from featpatch.nodes import DIRECTIONS, Combine, Direction, Edge, Node
 from featpatch.pairs.pair import Positions
@@ -109,7 +109,7 @@ def rank_features(
         activation (the error left by the number of steps). It is None for `"grad_drop"`.
 
     Raises:
-        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+        FeatpatchError: the input is unusable; the message gives the value, what was expected and what to do next.
 
     Examples:
         >>> effects = fp.rank_features(model, saes, pairs, positions=["S2"], progress=False)
@@ -174,7 +174,7 @@ def rank_components(
         One row per component (and position) that differs in at least one pair, of kind `activation`, `head` or `neuron`.
 
     Raises:
-        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+        FeatpatchError: the input is unusable; the message gives the value, what was expected and what to do next.
 
     Examples:
         >>> heads = fp.rank_components(model, pairs, sites="z", positions=["end"], progress=False)
@@ -245,7 +245,7 @@ def rank_paths(
         name the route, which is also `metadata["route"]`.
 
     Raises:
-        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+        FeatpatchError: the input is unusable; the message gives the value, what was expected and what to do next.
 
     Examples:
         >>> senders = fp.rank_components(model, pairs, sites="z", positions=["end"], progress=False).top(2)
@@ -280,7 +280,8 @@ def rank_paths(
             if chosen is None
             else f"screened by gradient estimates; {chosen.k} of them, and {chosen.audit} of the others at random, are patched"
         )
-        tqdm.write(f"{count:,} paths in {len(pairs)} pairs and {len(study.directions)} directions: {how}", file=sys.stderr)
+        size = f"{counted(count, 'path')} in {counted(len(pairs), 'pair')} and {counted(len(study.directions), 'direction')}"
+        tqdm.write(f"{size}: {how}", file=sys.stderr)
     run = partial(Study.run, journal=journal, progress=progress, executor=executor)
     if not isinstance(chosen, Screen):
         return run(study)
@@ -301,7 +302,7 @@ def check_estimation(method: str, metric: Metrics, directions: Sequence[Directio
         options: arguments that only exact runs have, by name; None if they are not given.
 
     Raises:
-        FeatpatchError: if the method is unknown, the metric has no gradient, or an option of exact runs is given.
+        FeatpatchError: the method is unknown, the metric has no gradient, or an option of exact runs is given.
     """
     if method == "exact":
         return

@@ -11,13 +11,12 @@ import numpy as np
 from featpatch.attribution.gradients import check_method
 from featpatch.effects.audit import needed, provable, sample_sizes, without_estimates
 from featpatch.effects.collector import concatenated
+from featpatch.effects.frames import TOP
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers, is_number
 from featpatch.nodes import EFFECTS, RANKED, Node
 from featpatch.patching.study import Study
 
-TOP = 20
-"""The default length of the ranking that a target refers to."""
 NEARLY_ALL = 0.8
 """The share of the candidates above which the full sweep costs hardly more than a screened one."""
 USEFUL = 0.5
@@ -47,7 +46,7 @@ class Screen:
         seed: the seed of the random sample.
 
     Raises:
-        FeatpatchError: if a number is out of range, or a method is unknown or given twice.
+        FeatpatchError: a number is out of range, or a method is unknown or given twice.
 
     Examples:
         >>> screen = fp.Screen(k=20, audit=80)
@@ -101,7 +100,7 @@ def screened(
         run: runs a study.
 
     Raises:
-        FeatpatchError: if the input is unusable, or `top` exceeds the number of nodes patched because of their estimates.
+        FeatpatchError: the input is unusable, or `top` exceeds the number of nodes patched because of their estimates.
     """
     estimate, nodes = estimates[0], by_best_rank(estimates)
     first, rest = nodes[: screen.k], nodes[screen.k :]
@@ -190,16 +189,8 @@ def _noted(table: Effects, order: Sequence[Node], estimate: Effects, about: dict
     at = {node: number for number, node in enumerate(estimate.nodes)}
     beside = [at[node] for node in ordered.nodes]
     estimates = {effect: estimate.pooled(effect)[beside].tolist() for effect in EFFECTS if effect in estimate.directions_run()}
-    screening = {**about, "estimates": estimates}
-    return _replaced(
-        ordered,
-        {
-            **table.metadata,
-            "sites": estimate.metadata.get("sites", []),
-            "screening": screening,
-            "rows_ranked": about["candidates"],
-        },
-    )
+    noted = {"screening": {**about, "estimates": estimates}, "rows_ranked": about["candidates"]}
+    return _replaced(ordered, {**table.metadata, "sites": estimate.metadata.get("sites", []), **noted})
 
 
 def _replaced(table: Effects, metadata: dict[str, Any]) -> Effects:

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.cluster.hierarchy import cut_tree, fcluster, linkage
 from scipy.spatial.distance import squareform
 
 from featpatch.attribution.features import estimate_features
 from featpatch.attribution.gradients import Gradients
 from featpatch.descriptions import read_features
+from featpatch.effects.audit import Array
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
@@ -31,8 +31,6 @@ from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.runs import Metrics, leading
 from featpatch.sae.dictionary import Dictionary
-
-Array = NDArray[np.float64]
 
 
 def effect_profiles(effects: Effects, nodes: Sequence[Node]) -> Array:

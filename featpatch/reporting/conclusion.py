@@ -8,7 +8,9 @@ import numpy as np
 
 from featpatch import sites
 from featpatch.effects import statistics
+from featpatch.effects.frames import sample
 from featpatch.effects.table import Effects
+from featpatch.errors import counted
 from featpatch.metrics import NEAR_ZERO, size
 from featpatch.nodes import RANKED, Edge, Effect, Node
 from featpatch.patching.curves import Curve
@@ -107,15 +109,10 @@ def noun_of(effects: Effects) -> str:
     return kinds.pop() if len(kinds) == 1 and kinds <= {*RANKED} else "node"
 
 
-def several(count: int, noun: str) -> str:
-    """Return a count with its noun."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 def _answer(effects: Effects, rows: Effects, noun: str) -> str:
     """Return the conclusion of a table with at least one row, given its rows with the largest first."""
     if not effects.has_gap:
-        return f"The largest effect of {several(effects.rows_ranked, noun)} is that of {_lead(rows.take([0]))}."
+        return f"The largest effect of {counted(effects.rows_ranked, noun)} is that of {_lead(rows.take([0]))}."
     labels, run = rows.quadrants(), rows.directions_run()
     if len(run) == 2:
         wanted, claim = "both directions", "both sufficient and necessary"
@@ -125,8 +122,8 @@ def _answer(effects: Effects, rows: Effects, noun: str) -> str:
         bounds = statistics.bounds(rows.threshold, rows.carried(run[0]))
         found = np.flatnonzero(rows.interval(run[0])[:, 0] > bounds).tolist()
     lead = rows.take([found[0] if found else 0])
-    about, pairs = _lead(lead), several(len(effects.clean), "pair")
-    whole = f"of the {noun}s that were run" if "screening" in effects.metadata else f"of {several(effects.rows_ranked, noun)}"
+    about, pairs = _lead(lead), sample(effects)
+    whole = f"of the {noun}s that were run" if "screening" in effects.metadata else f"of {counted(effects.rows_ranked, noun)}"
     if not found:
         return f"No single {noun} {whole} is shown to be {claim} by {pairs}. The largest effect is that of {about}."
     if len(found) == 1:
@@ -178,7 +175,7 @@ def _caveats(effects: Effects) -> tuple[str, ...]:
     labels = Counter(effects.take(effects.ranked).quadrants()) if len(run) == 2 and pairs > 1 else Counter()
     if labels["undecided"]:
         found.append(
-            f"{labels['undecided']:,} of {several(sum(labels.values()), noun_of(effects))} "
+            f"{labels['undecided']:,} of {counted(sum(labels.values()), noun_of(effects))} "
             f"{'is' if labels['undecided'] == 1 else 'are'} undecided, because an interval includes the threshold "
             f"({100 * effects.threshold:.4g} % of the whole activation's effect); more pairs would decide more."
         )
@@ -207,4 +204,4 @@ def together(curve: Curve) -> str:
     of_all = row[f"{effect}_of_all_features"]
     part = f", {percent(of_all)} of what all features there do" if np.isfinite(of_all) else ""
     place = f"{sites.short(node.site)}" + ("" if node.position == "all" else f" @ {node.position}")
-    return f"The top {several(int(row['k']), 'feature')} at {place} {verb} {percent(row[effect])}{between} together{part}."
+    return f"The top {counted(int(row['k']), 'feature')} at {place} {verb} {percent(row[effect])}{between} together{part}."

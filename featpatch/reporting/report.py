@@ -16,6 +16,7 @@ from featpatch.circuits.circuit import Circuit
 from featpatch.comparison.compare import compare
 from featpatch.descriptions import READ, check_texts, documents_of, read_features
 from featpatch.diagram.viewers import sections
+from featpatch.effects.collector import check_saes
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.files import check_writable
@@ -26,7 +27,7 @@ from featpatch.page.charts import STYLES, Bar, Points, bars, points
 from featpatch.page.page import Block, Section, table, write
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.pairs.text import PairText
-from featpatch.pairs.tokens import special_positions
+from featpatch.pairs.tokens import check_tokenizer, special_positions
 from featpatch.patching.curves import Curve
 from featpatch.ranking.groups import Groups
 from featpatch.reporting.conclusion import measurable, short_names, together
@@ -124,21 +125,14 @@ def report(
         figures["Estimated against exact effects"] = _calibrated(calibrate(estimate, effects))
     further = [*(() if groups is None else [_groups(groups)]), *(() if circuit is None else sections(circuit.to_networkx()))]
     material = Material(question, figures=figures, sections=further, together="" if curve is None else together(curve))
-    if model is None and pairs is None and saes is None:
-        return write(path, page_of(effects, material, components))
-    if model is None or pairs is None:
+    if model is not None and pairs is not None:
+        material = _with_prompts(material, effects, model, pairs, saes, components, TOP if top is None else top, texts)
+    elif any(given is not None for given in (model, pairs, saes)):
         raise FeatpatchError(
             "model and pairs are not both given: expected both, to show prompts and the feature cards of saes, or none of the "
             "three"
         )
-    return write(
-        path,
-        page_of(
-            effects,
-            _with_prompts(material, effects, model, pairs, saes, components, TOP if top is None else top, texts),
-            components,
-        ),
-    )
+    return write(path, page_of(effects, material, components))
 
 
 def _growth(curve: Curve) -> Block:
@@ -204,11 +198,7 @@ def _calibrated(calibration: Calibration) -> Block:
 
 
 def _check_tables(effects: Effects, components: Effects | None, estimate: Effects | None) -> None:
-    """Check that the tables beside the effects are what they are shown as.
-
-    Raises:
-        FeatpatchError: the components are not components, or the estimates not estimates of exact effects.
-    """
+    """Raise a FeatpatchError unless the components are components, and the estimates are estimates of exact effects."""
     others = sorted({node.kind for node in ([] if components is None else components.nodes) if node.sae or node.kind == "edge"})
     if others:
         raise FeatpatchError(
@@ -245,12 +235,8 @@ def _with_prompts(
     known, kept = effects.metadata.get("pairs"), effects.metadata.get("of_pairs", [0])
     if check_pairs(pairs, by_label=True).digest() != known or max(kept) >= len(pairs):
         raise FeatpatchError("the pairs differ from those of the effects: expected the pairs that were ranked; pass those")
-    if getattr(model, "tokenizer", None) is None:
-        raise FeatpatchError(
-            "the model has no tokenizer: expected one, to show prompts; load the model with its tokenizer, or leave model "
-            "and pairs out"
-        )
     lens = wrap(model)
+    check_tokenizer(lens.tokenizer, "to show prompts")
     if "of_pairs" in effects.metadata:
         pairs = Pairs(tuple(pairs[index] for index in effects.metadata["of_pairs"]))
     prompts, by_label = [PairText.of(pair, model.tokenizer) for pair in pairs], any(pair.by_label for pair in pairs)
@@ -275,12 +261,7 @@ def _cards(
         FeatpatchError: the SAEs are not those of the effects.
     """
     by_name = {dictionary.name: dictionary for dictionary in found}
-    known = effects.metadata.get("saes", {})
-    if any(known.get(name) != dictionary.digest() for name, dictionary in by_name.items()):
-        raise FeatpatchError(
-            f"the SAEs {', '.join(by_name)} differ from those of the effects: expected some of {', '.join(known)}, with the "
-            "same weights; pass those"
-        )
+    check_saes(effects, {name: dictionary.digest() for name, dictionary in by_name.items()})
     nodes = dict.fromkeys(n for e in effects.directions_run() for n in effects.top(top, by=e, kind="feature").nodes)
     rows = {node: row for row, node in enumerate(effects.nodes)}
 

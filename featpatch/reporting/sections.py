@@ -12,14 +12,15 @@ import pandas as pd
 from markupsafe import Markup
 
 from featpatch import sites
-from featpatch.effects.frames import TOP, brief, pairs_by_value
+from featpatch.effects.frames import TOP, brief, pairs_by_value, sample
 from featpatch.effects.statistics import CONFIDENCE, RESAMPLES, SEED, bounds
 from featpatch.effects.table import Effects
+from featpatch.errors import counted
 from featpatch.nodes import Effect, Node
 from featpatch.page.charts import Bar, Points, bars, grid, points, strips
 from featpatch.page.page import Block, Section, block, page, table
 from featpatch.pairs.text import PairText
-from featpatch.reporting.conclusion import concluded, measurable, noun_of, several, short_names, strongest
+from featpatch.reporting.conclusion import concluded, measurable, noun_of, short_names, strongest
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def _subtitle(effects: Effects) -> str:
     positions = effects.metadata.get("positions")
     at = f" at {', '.join(map(str, positions))}" if isinstance(positions, list) and len(positions) <= FIRST else ""
     route = f" (route {effects.route!r})" if effects.route else ""
-    over = several(len(effects.clean), "prompt pair" if effects.has_gap else "prompt")
+    over = counted(len(effects.clean), "prompt pair" if effects.has_gap else "prompt")
     unit = f"on the metric {effects.metadata['metric']}" if effects.has_gap else f"as changes {effects.unit} (clean - ablated)"
-    return f"{value.capitalize()} effects of {several(effects.rows_ranked, noun)}{route}{at}, over {over}, {unit}"
+    return f"{value.capitalize()} effects of {counted(effects.rows_ranked, noun)}{route}{at}, over {over}, {unit}"
 
 
 def _answer(effects: Effects, material: Material) -> Section:
@@ -173,7 +174,7 @@ def _chart(rows: Effects, material: Material) -> Block:
         for n, (name, node) in enumerate(zip(short_names(rows.nodes), rows.nodes, strict=True))
     ]
     unit = "shares of the gap" if rows.has_gap else f"changes {rows.unit}"
-    title = f"The {several(len(rows), noun_of(rows))} with the largest effects: {unit}, with 95 % intervals"
+    title = f"The {counted(len(rows), noun_of(rows))} with the largest effects: {unit}, with 95 % intervals"
     return bars(drawn, [ASKS[effect] if rows.has_gap else rows.titled(effect) for effect in run], title=title)
 
 
@@ -194,10 +195,9 @@ def _question(effects: Effects, material: Material) -> Section | None:
         }
         for prompt, clean, corrupted in zip(material.prompts[:PROMPTS], effects.clean, effects.corrupted, strict=False)
     ]
-    noun = "pair" if effects.has_gap else "prompt"
     text = (
-        f"{min(PROMPTS, len(material.prompts))} of {several(len(material.prompts), noun)}. Tokens that differ are "
-        "highlighted; the underlined answers are those that the metric compares."
+        f"{min(PROMPTS, len(material.prompts))} of {sample(effects)}. Tokens that differ are highlighted; the underlined "
+        "answers are those that the metric compares."
     )
     if material.checks is not None:
         text += " The checklist covers these pairs; `featpatch check` and `pairs.check(model)` check all pairs."
@@ -349,17 +349,12 @@ def _said(thresholds: list[list[float]], share: float) -> str:
     )
 
 
-def _place_names(frame: pd.DataFrame) -> list[str]:
-    """Return short names of the rows of `Effects.sites`, with the SAE where several write to one hook point."""
-    nodes = [Node(row["site"], "activation", None, row["position"], row["sae"]) for _, row in frame.iterrows()]
-    return short_names(nodes)
-
-
 def _sites(effects: Effects) -> Section | None:
     frame = effects.sites()
     if not len(frame):
         return None
-    run, names = effects.directions_run(), _place_names(frame)
+    run = effects.directions_run()
+    names = short_names([Node(row["site"], "activation", None, row["position"], row["sae"]) for _, row in frame.iterrows()])
     sizes = frame[[f"{effect}_activation" for effect in run]].abs().max(axis=1).to_numpy()
     chosen = np.sort(np.argsort(-sizes, kind="stable")[:PLACES])
     nan = float("nan")
@@ -400,8 +395,8 @@ def _maps(effects: Effects, components: "Effects | None") -> Section | None:
         "Effects of components first, if they were ranked too; for heads and for features, the sum of their individual "
         "effects. Blue is positive, orange is negative; an empty cell holds no row."
     )
-    blocks = [Markup('<div class="columns">{}</div>').format(Markup("").join(charts))] if charts else []
-    return Section("maps", "Effects by layer and position", text, blocks) if blocks else None
+    side_by_side = Markup('<div class="columns">{}</div>').format(Markup("").join(charts))
+    return Section("maps", "Effects by layer and position", text, [side_by_side]) if charts else None
 
 
 def _height(site: str) -> tuple[int, int, str]:
@@ -455,13 +450,10 @@ def _by_tag(effects: Effects, tag: str) -> pd.DataFrame:
 
 
 def _provenance(effects: Effects) -> Section:
-    facts = [(name, _plain(value)) for name, value in effects.about().items()]
+    about = effects.about().items()
+    facts = [(name, value if isinstance(value, str) else json.dumps(value, sort_keys=True)) for name, value in about]
     facts.append(
         ("intervals", f"{CONFIDENCE:.0%}, bootstrap over pairs, expanded percentiles, {RESAMPLES} resamples, seed {SEED}")
     )
     facts.append(("report written", datetime.now(timezone.utc).isoformat(timespec="seconds")))
     return Section("provenance", "Provenance", "", [block("facts.html", facts=facts)])
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

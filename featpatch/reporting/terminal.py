@@ -11,13 +11,15 @@ from rich.text import Text
 from featpatch.comparison.compare import SHOWN, Comparison
 from featpatch.console import Fitted
 from featpatch.descriptions import Description
-from featpatch.effects.frames import number
+from featpatch.effects.frames import number, sample
 from featpatch.effects.selection import WHERE_CHANGED, By, sorting
 from featpatch.effects.table import Effects
+from featpatch.errors import counted
 from featpatch.nodes import Effect, Node
 from featpatch.pairs.checklist import RULES, SEVERITY, Checklist
 from featpatch.patching.sets import Selection
 from featpatch.ranking.plan import Plan
+from featpatch.ranking.screen import Screen
 from featpatch.selfcheck import Check
 from featpatch.sites import short_dictionary
 from featpatch.untrusted import visible
@@ -31,11 +33,7 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
         by: the effect by which the rows are sorted; it is also shown over the pairs in which the node differs.
     """
     pairs, table, run = len(effects.clean), effects.to_pandas(), effects.directions_run()
-    over = (
-        f"{pairs} pairs: 0 is none, 1 is the whole behaviour"
-        if effects.has_gap
-        else f"{pairs} prompts, as changes {effects.unit}"
-    )
+    scale = ": 0 is none, 1 is the whole behaviour" if effects.has_gap else f", as changes {effects.unit}"
     columns: dict[str, Sequence[str]] = _names(effects)
     numbers: dict[str, str] = {effects.titled(effect): effect for effect in run}
     first = set(numbers)
@@ -57,7 +55,7 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
         columns[changed] = [_value(row, own) for _, row in table.iterrows()]
         legend |= {"pairs": "those in which the node differs between the runs", changed: "over these pairs only"}
     return Fitted(
-        f"{effects.value} effects of {len(effects)} nodes, pooled over {over} [95 % interval]",
+        f"{effects.value} effects of {counted(len(effects), 'node')}, pooled over {sample(effects)}{scale} [95 % interval]",
         columns,
         numbers=[*numbers, "pairs", changed],
         spare=[header for header in (changed, *list(numbers)[:0:-1], "pairs") if header in columns and header not in first],
@@ -114,11 +112,11 @@ def _facts(title: str, rows: list[tuple[str, str]]) -> Fitted:
 
 def _beside(plan: Plan) -> list[tuple[str, str]]:
     """Return table rows with the time of a screened sweep, and which of the two sweeps is faster."""
-    k, audit = 200, 100
-    seconds = plan.screened_seconds(k, audit)
+    screen = Screen()
+    seconds = plan.screened_seconds(screen.k, screen.audit)
     if seconds is None:
         return [("screened sweep", "not possible: the metric has no gradient")]
-    share = f"estimates, then {k} + {audit} of {plan.nodes:,} features"
+    share = f"estimates, then {screen.k} + {screen.audit} of {plan.nodes:,} features"
     better = "the full sweep" if plan.seconds <= seconds else "screen=fp.Screen(), with an audit"
     return [(share, str(timedelta(seconds=math.ceil(seconds)))), ("quicker", better)]
 
@@ -166,31 +164,6 @@ def _value(row: Any, effect: str) -> str:
     return "" if row[effect] != row[effect] else f"{number(row[effect])}{interval}"
 
 
-def stability_table(effects: Effects) -> Fitted:
-    """Tabulate how well halves of the pairs agree on the ranking of the features, one line per effect.
-
-    Raises:
-        FeatpatchError: fewer than 4 pairs or 2 features.
-    """
-    found = {effect: effects.stability(effect) for effect in effects.directions_run()}
-    halves = [*found.values()]
-    numbers = {
-        "features": [str(half.features) for half in halves],
-        "splits": [str(half.splits) for half in halves],
-        "rank correlation\n[95 % of the splits]": [
-            f"{number(half.correlation)} [{number(half.low)}, {number(half.high)}]" for half in halves
-        ],
-        "shared top": ["" if math.isnan(half.overlap) else f"{half.overlap * half.top:.1f} of {half.top}" for half in halves],
-        "by chance": ["" if math.isnan(half.overlap) else f"{half.chance * half.top:.1f}" for half in halves],
-    }
-    return Fitted(
-        f"split-half stability of the ranking, {len(effects.clean)} pairs in random halves",
-        {"effect": [*found], **numbers},
-        numbers=[*numbers],
-        spare=["splits", "features"],
-    )
-
-
 def compared(comparison: Comparison) -> Group:
     """Tabulate the largest components and features of a comparison, with how well they agree on hook points and positions."""
     agreed = [
@@ -217,33 +190,32 @@ VERDICTS = {
 }
 """What the quadrant of features that are patched together says about them."""
 
-FIRING = 3
-"""The largest number of features for which a conclusion says what they fire on."""
+EXAMPLES = 3
+"""The largest number of features for which a conclusion says what activates them."""
 
 STEPS = 8
 """The largest number of steps of a selection that are shown."""
 
 
-def selected_together(chosen: Selection, place: str, fires: Sequence[Description]) -> str:
-    """Return what selected features do together and fire on, as a paragraph.
+def selected_together(chosen: Selection, place: str, described: Sequence[Description]) -> str:
+    """Return what selected features do together and what activates them, as a paragraph.
 
     Args:
         chosen: the features, with the effects of the growing sets in both directions.
         place: where they are, in words.
-        fires: the descriptions of the features, in the same order.
+        described: the descriptions of the features, in the same order.
     """
     count, last = len(chosen.features), chosen.effects.take([len(chosen.effects) - 1])
     recovery, degradation = (_percent(last, effect) for effect in last.directions_run())
-    several = count > 1
+    bring, them, they_are = ("bring", "them", "they are") if count > 1 else ("brings", "it", "it is")
     short_of = "" if chosen.reached else f", short of {chosen.target:.0%}"
     said = (
-        f"{count} feature{'s' * several} at {place} bring{'s' * (not several)} back {recovery} of the behaviour{short_of}, and "
-        f"{degradation} of it is lost without {'them' if several else 'it'}: {'they are' if several else 'it is'} "
-        f"{VERDICTS[last.quadrants()[0]]}."
+        f"{counted(count, 'feature')} at {place} {bring} back {recovery} of the behaviour{short_of}, and {degradation} of it "
+        f"is lost without {them}: {they_are} {VERDICTS[last.quadrants()[0]]}."
     )
     examples = [
-        f'{index} on "{each.contexts[0]}"' for index, each in zip(chosen.features, fires, strict=True) if each.contexts
-    ][:FIRING]
+        f'{index} on "{each.contexts[0]}"' for index, each in zip(chosen.features, described, strict=True) if each.contexts
+    ][:EXAMPLES]
     return f"{said} Most active: {', '.join(examples)}." if examples else said
 
 
@@ -263,14 +235,12 @@ def steps(chosen: Selection) -> str:
     return f"features needed {aim}, chosen one by one on these pairs: {' + '.join(shown)}"
 
 
-def firing(fires: Mapping[Node, Description]) -> list[str]:
+def detected(described: Mapping[Node, Description]) -> list[str]:
     """Return a line for each feature that says which word it detects, with the example that activates it most."""
-    lines = {
-        f"{short_dictionary(node.sae)} {node.index}": f"{each.best}"
-        + (f', such as "{each.contexts[0]}"' if each.contexts else "")
-        for node, each in fires.items()
-    }
-    return [f"{name}: {line}" for name, line in lines.items()]
+    return [
+        f"{short_dictionary(node.sae)} {node.index}: {each.best}" + (f', such as "{each.contexts[0]}"' if each.contexts else "")
+        for node, each in described.items()
+    ]
 
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
@@ -297,7 +267,7 @@ def by_pair(check: Checklist, text: Callable[[int], str], most: int = 12) -> Tex
     """
     verdicts = check.verdicts()
     worst = sorted((p for p, verdict in enumerate(verdicts) if verdict != "pass"), key=lambda p: -SEVERITY[verdicts[p]])
-    lines = Text(f"{len(worst)} pairs to look at" + (f", the first {most}" if len(worst) > most else "") + "\n", "bold")
+    lines = Text(f"{counted(len(worst), 'pair')} to look at{f', the first {most}' * (len(worst) > most)}\n", "bold")
     for pair in worst[:most]:
         found = [f"  {f.rule}: {f.detail}\n" for f in check.findings if f.pair == pair and f.status != "pass"]
         lines.append(f"pair {pair}, {verdicts[pair]}", COLOURS[verdicts[pair]])

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, is_finite
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted, is_finite
 from featpatch.frame import Frame, text
 from featpatch.metric_functions import Metric
 from featpatch.metrics import find, one_metric
@@ -130,10 +130,8 @@ class DoseResponse:
 
     def __repr__(self) -> str:
         said = ", ".join(f"{name} {values.mean():.3g}" for name, values in self.unsteered.items())
-        count = len(next(iter(self.unsteered.values())))
-        return (
-            f"{self.metadata['how']} at {self.metadata['positions']}, {count} prompts; unsteered: {said}\n{text(self.table())}"
-        )
+        prompts = counted(len(next(iter(self.unsteered.values()))), "prompt")
+        return f"{self.metadata['how']} at {self.metadata['positions']}, {prompts}; unsteered: {said}\n{text(self.table())}"
 
     def _repr_html_(self) -> str:
         return self.table().to_html(index=False, max_rows=20, float_format="{:.3g}".format)
@@ -187,7 +185,7 @@ def dose_response(
         doses that are finished.
 
     Raises:
-        FeatpatchError: if the input is unusable; the message gives the value, what was expected and what to do next.
+        FeatpatchError: the input is unusable; the message gives the value, what was expected and what to do next.
         KeyboardInterrupt: after Ctrl-C before the first dose is finished.
 
     Examples:
@@ -335,11 +333,7 @@ def _repetition(tokens: Sequence[int]) -> float:
 
 
 def _scored(score: Callable[[str], float], text: str) -> float:
-    """Return the user's score of a text.
-
-    Raises:
-        FeatpatchError: it is not a finite number.
-    """
+    """Return the user's score of a text, or raise a FeatpatchError if it is not a finite number."""
     found = score(text)
     if not is_finite(found):
         raise FeatpatchError(f"score({text[:40]!r}) returned {found!r}: expected a finite number")

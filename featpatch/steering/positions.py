@@ -34,15 +34,11 @@ def check_places(positions: Any, pair: Pair | None) -> Places:
     Raises:
         FeatpatchError: they are neither a name nor a list of indices and labels, or a label has no pair.
     """
-    if isinstance(positions, str):
-        if pair is not None and positions in EVERYWHERE:
+    if isinstance(positions, str) and positions in EVERYWHERE:
+        if pair is not None:
             raise FeatpatchError(
                 f"positions={positions!r} with pair=...: expected no pair, because no label is named; leave it out, or "
                 "list labels"
-            )
-        if positions not in EVERYWHERE:
-            raise FeatpatchError(
-                f"positions={positions!r}: expected one of {', '.join(EVERYWHERE)}, or a list of token indices and labels"
             )
         return positions
     listed = list(positions) if isinstance(positions, (list, tuple)) else []
@@ -140,11 +136,8 @@ class Sequences:
                         token_index(int(place), end - first)
 
     def _spans(self, rows: int) -> list[tuple[int, int]]:
-        return [self._span(row) for row in range(rows)]
-
-    def _span(self, row: int) -> tuple[int, int]:
-        """Return the first position of the prompt of a row, and the position after its last one."""
-        return (0, self.prompt) if self.mask is None else unmasked(self.mask[row].tolist())
+        """Return for each row the first position of its prompt, and the position after its last one."""
+        return [(0, self.prompt)] * rows if self.mask is None else [unmasked(row) for row in self.mask.tolist()]
 
 
 def _grown(before: torch.Tensor, now: torch.Tensor) -> bool:

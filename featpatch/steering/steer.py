@@ -140,7 +140,7 @@ def steer(
         A counter of how often the change was applied: once for each hook point and call of the model.
 
     Raises:
-        FeatpatchError: if the input is unusable, a feature is never active in the reference, the model's prompts don't fit the
+        FeatpatchError: the input is unusable, a feature is never active in the reference, the model's prompts don't fit the
             positions or the mask, an SAE writes before it has read everything, another `fp.do` or `fp.steer` on this model has
             not ended, or the model was never called.
 
@@ -205,11 +205,7 @@ def _groups(
 
 
 def check_node(lens: Lens, node: Node, owner: Dictionary | None, how: How) -> None:
-    """Check that a node can be steered.
-
-    Raises:
-        FeatpatchError: it is of another kind, or its values can't be changed like this.
-    """
+    """Raise a FeatpatchError unless a node is of a kind that can be steered, and its values can be changed like this."""
     if owner is not None and node.kind == "feature":
         return
     if node.kind not in ("head", "neuron", "activation"):
@@ -311,7 +307,6 @@ class _Steering:
                 f"{name!r} writes to {self.lens.carrier(hook)!r} before it has read everything ({missing}): expected "
                 "encode='unsteered', which reads values in a run of its own"
             )
-
         if hook not in self.changes:
             raise FeatpatchError(
                 "the model was called without token ids, or runs a layer twice: expected tokens, whose positions are steered; "

@@ -47,7 +47,8 @@ def raw_values(
         raise FeatpatchError(f"{str(strange)!r} with a mean or unit={unit!r}: expected a feature, or a raw number")
     if (reference is None) == bool(means or scaled):
         expected = "no reference, because raw numbers need none" if reference is not None else "reference=..., texts or pairs"
-        raise FeatpatchError(f"unit={unit!r} with reference={_short(reference)}: expected {expected}")
+        given = "None" if reference is None else type(reference).__name__
+        raise FeatpatchError(f"unit={unit!r} with reference={given}: expected {expected}")
     raw = {node: torch.tensor(float(value), dtype=torch.float64) for node, value in values.items() if node not in means}
     if reference is None:
         return raw
@@ -72,7 +73,3 @@ def _active(
         check_texts(reference)
     text = [Document.of(lens.tokenizer, ids) for ids in documents_of(lens, reference)]
     return dict(zip(features, read_words(lens, found, features, text).T, strict=True))
-
-
-def _short(reference: Any) -> str:
-    return "None" if reference is None else f"{type(reference).__name__}"

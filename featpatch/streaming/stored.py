@@ -21,7 +21,7 @@ from pandas.api.types import is_float_dtype, is_integer_dtype, is_string_dtype
 from featpatch.effects.selection import WHERE_CHANGED, least_to_sort, sorting
 from featpatch.effects.storage import check_columns, check_metadata, nodes_of
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_numbers, counted
 from featpatch.files import as_path, read_json, writing
 from featpatch.metrics import NEAR_ZERO, check_gap
 from featpatch.nodes import EFFECTS, RANKED
@@ -327,5 +327,5 @@ class Stored:
         return str(read_table(self.folder, block, "pairs", ["digest"])["digest"].iloc[0])
 
     def __repr__(self) -> str:
-        said = f"effects of {len(self.pairs):,} pairs in {self.blocks} blocks in {str(self.folder)!r}: {self.metric}"
-        return visible(said)
+        size = f"{counted(len(self.pairs), 'pair')} in {counted(self.blocks, 'block')}"
+        return visible(f"effects of {size} in {str(self.folder)!r}: {self.metric}")

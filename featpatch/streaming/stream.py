@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from featpatch.engine.executor import Executor
 from featpatch.engine.ray import executor_of
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, counted, errors_about
 from featpatch.files import as_path, check_writable, writing
 from featpatch.nodes import DIRECTIONS, Direction
 from featpatch.pairs.pair import Positions
@@ -92,28 +92,22 @@ def stream_features(
     stored = Stored(folder)
     if stored.blocks > number + 1:
         raise FeatpatchError(
-            f"{str(folder)!r} holds {stored.blocks} blocks, and {number + 1} were given: expected all of them again; use "
-            "another folder for fewer pairs"
+            f"{str(folder)!r} holds {counted(stored.blocks, 'block')}, and {number + 1} were given: expected all of them "
+            "again; use another folder for fewer pairs"
         )
     return stored
 
 
 def _run(study: Study, folder: Path, number: int, first: int, journal: Path, executor: Executor | None) -> None:
-    try:
+    with errors_about(f"block {number}, pairs {first} to {first + len(study.pairs) - 1}"):
         effects = study.run_block(journal, progress=False, executor=executor)
-    except FeatpatchError as error:
-        raise FeatpatchError(f"block {number}, pairs {first} to {first + len(study.pairs) - 1}: {error}") from error
     if not effects.finished:
         raise KeyboardInterrupt
     write(effects, folder, number, first)
 
 
 def _check_about(path: Path, about: dict[str, Any]) -> None:
-    """Write `about.json`, or check that an existing one is the same.
-
-    Raises:
-        FeatpatchError: the folder holds results of another study.
-    """
+    """Write `about.json`, or raise a FeatpatchError if an existing one is of another study."""
     if not path.exists():
         with writing(path) as file:
             file.write_text(json.dumps(about, indent=1), encoding="utf-8")
@@ -128,11 +122,7 @@ def _check_about(path: Path, about: dict[str, Any]) -> None:
 
 
 def _check_same(folder: Path, number: int, block: Pairs) -> None:
-    """Check that a finished block has the same pairs.
-
-    Raises:
-        FeatpatchError: it has other pairs.
-    """
+    """Raise a FeatpatchError unless a finished block has the same pairs."""
     if Stored(folder).digest_of(number) != block.digest():
         raise FeatpatchError(
             f"block {number} in {str(folder)!r} holds other pairs: expected the same blocks of the same size; use another "

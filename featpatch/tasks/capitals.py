@@ -72,7 +72,7 @@ def capitals(
         >>> len(pairs), sorted(pairs[0].labels)
         (4, ['end', 'relation', 'subject'])
     """
-    kinds = chosen(corruptions, CORRUPTIONS, "corruption")
+    kinds = chosen(corruptions, CORRUPTIONS)
 
     def make(random: Random) -> Draft:
         template, kind = random.randrange(len(templates)), random.choice(kinds)

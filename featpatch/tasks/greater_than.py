@@ -56,7 +56,7 @@ def greater_than(
         >>> sorted(pairs[0].labels), layers.metrics
         (['end', 'start_year'], ['prob_diff'])
     """
-    kinds = chosen(corruptions, CORRUPTIONS, "corruption")
+    kinds = chosen(corruptions, CORRUPTIONS)
     if _digits(tokenizer) == 1:
         return draw(tokenizer, partial(_by_digit, kinds=kinds, templates=templates), n=n, seed=seed)
 
@@ -80,7 +80,7 @@ def greater_than(
 
 
 def _digits(tokenizer: Tokenizer) -> int:
-    """How many digits follow the first two of a year as one token: two or one."""
+    """Return how many digits follow the first two of a year as one token: two or one."""
     after = AnswerTokens(tokenizer, "from 1732 to 17")
     for size in (2, 1):
         if any(after.next_token(year[:size]) is not None for year in ("45", "58", "63")):

@@ -13,19 +13,8 @@ NAMES = (
     "Kevin", "Jason", "Jessica", "Amy", "Rachel", "Michelle", "Lisa", "Andrew", "Brian", "Richard", "George", "Anthony",
 )  # fmt: skip
 PLACES = (
-    "store",
-    "park",
-    "school",
-    "office",
-    "garden",
-    "market",
-    "station",
-    "library",
-    "museum",
-    "hospital",
-    "restaurant",
-    "bank",
-)
+    "store", "park", "school", "office", "garden", "market", "station", "library", "museum", "hospital", "restaurant", "bank",
+)  # fmt: skip
 OBJECTS = ("book", "drink", "ball", "ring", "letter", "key", "cake", "basket", "phone", "watch", "hat", "coat")
 TEMPLATES = (
     "When {IO} and {S1} went to the {place}, {S2} gave a {object} to",
@@ -73,7 +62,7 @@ def ioi(
         >>> len(pairs), sorted(pairs[0].labels)
         (4, ['IO', 'S1', 'S2', 'end'])
     """
-    kinds = chosen(corruptions, CORRUPTIONS, "corruption")
+    kinds = chosen(corruptions, CORRUPTIONS)
     people, places, objects = (usable(tokenizer, words, least) for words, least in ((names, 5), (PLACES, 1), (OBJECTS, 1)))
 
     def make(random: Random) -> Draft:

@@ -51,7 +51,7 @@ def sentiment(
         >>> len(pairs), sorted(pairs[0].labels)
         (4, ['end', 'word1', 'word2'])
     """
-    kinds = chosen(corruptions, CORRUPTIONS, "corruption")
+    kinds = chosen(corruptions, CORRUPTIONS)
 
     def make(random: Random) -> Draft:
         template, kind, praise = random.randrange(len(templates)), random.choice(kinds), random.choice((True, False))

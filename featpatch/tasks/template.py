@@ -51,10 +51,8 @@ def draft(
     Args:
         template: a text with slots in braces.
         clean, corrupted: the word for each slot of the two prompts.
-        correct, wrong: right and wrong words after the clean prompt.
+        correct, wrong, tags, glued: as in `Draft`.
         labels: the slots that become labels of the pair.
-        tags: a description of how the pair is made.
-        glued: whether the answer follows without a space.
     """
     (one, here), (other, there) = fill(template, clean), fill(template, corrupted)
     ends = {label: (here[label], there[label]) for label in labels}
@@ -163,19 +161,14 @@ def usable(tokenizer: Tokenizer, words: Sequence[str], least: int) -> list[str]:
     return kept
 
 
-def chosen(wanted: str | Sequence[str], known: Sequence[str], what: str) -> list[str]:
-    """Return the requested names as a list after checking that they are known.
-
-    Args:
-        wanted: one name or several.
-        known: the names that exist.
-        what: what the names are called in the error message.
+def chosen(wanted: str | Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the requested corruptions, one or several, as a list after checking that they are known.
 
     Raises:
-        FeatpatchError: a name is unknown, or none is given.
+        FeatpatchError: a corruption is unknown, or none is given.
     """
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise FeatpatchError(f"{what} {', '.join(map(str, unknown)) or names}: expected some of {', '.join(known)}")
+        raise FeatpatchError(f"corruption {', '.join(map(str, unknown)) or names}: expected some of {', '.join(known)}")
     return names

@@ -101,6 +101,14 @@ def selection(recovery: list[list[float]], degradation: list[float], target: flo
 
 
 SAME = Description("on", "word", 0.5, 10, 100, ("the [word] that",))
+
+
+def test_a_feature_at_two_positions_is_described_once() -> None:
+    nodes = [fp.Node(HOOKS[1], "feature", index, position, HOOKS[1]) for index, position in ((3, "S2"), (3, "end"), (4, "end"))]
+    lines = terminal.detected(dict.fromkeys(nodes, SAME))
+    assert [line.partition(":")[0] for line in lines] == ["L3 resid_post 3", "L3 resid_post 4"]
+
+
 NEVER = replace(SAME, word="", f1=0.0, fired=0, contexts=())
 
 ALL, NONE, MIXED = [0.9] * 8, [0.0] * 8, [1.0, -1.0] * 4

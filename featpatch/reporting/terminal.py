@@ -237,10 +237,11 @@ def steps(chosen: Selection) -> str:
 
 def detected(described: Mapping[Node, Description]) -> list[str]:
     """Return a line for each feature that says which word it detects, with the example that activates it most."""
-    return [
+    lines = [
         f"{short_dictionary(node.sae)} {node.index}: {each.best}" + (f', such as "{each.contexts[0]}"' if each.contexts else "")
         for node, each in described.items()
     ]
+    return list(dict.fromkeys(lines))  # a feature at two positions is described once
 
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}

@@ -342,6 +342,8 @@ def configured(**changes: Any) -> Damage:
         (rewritten(b_dec=torch.full((16,), torch.inf)), "16 of 16 values of b_dec are NaN or infinite: expected finite"),
         (rewritten(b_dec=torch.zeros(16, dtype=torch.int8)), "b_dec is torch.int8: expected one of torch.float64"),
         (rewritten(k=torch.tensor(K + 1)), "the weights say k=7 and the configuration k=6"),
+        (rewritten(k=torch.tensor([K, K])), r"the weights say k=\[6, 6\] and the configuration k=6"),
+        (configured(dict_class=["AutoEncoderTopK"]), "is a .* of dictionary_learning: expected one of AutoEncoder"),
         (configured(k=99), "the weights say k=6 and the configuration k=99"),
         (configured(dict_size=25), "the configuration says dict_size=25 and the weights 24: expected both to agree"),
         (configured(activation_dim=0), "the configuration says activation_dim=0 and the weights 16"),

@@ -127,7 +127,7 @@ def changed_tensors(draw: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str,
                 draw(NUMBER), dtype=torch.float64
             )
         elif way in ("value", "all") and len(flat):
-            flat[0] = draw(st.sampled_from([-1, 0, 1, 2, 7, 2**31 - 1]))
+            flat[0] = torch.tensor(draw(st.sampled_from([-1, 0, 1, 2, 7, 2**31 - 1]))).to(flat.dtype)
         elif way == "type":
             kind = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool])
             tensor = tensor.to(draw(kind))

@@ -219,7 +219,9 @@ def _dictionary_learning(
     elif type(stated) is not int:
         raise FeatpatchError(f"{origin}: k={stated!r}: expected the number of features to keep, in config.json")
     tensors = _named(origin, state, names, ignored=("k", "threshold", "group_sizes"))
-    if "threshold" in tensors and tensors["threshold"].ndim == 0:
+    if activation == "jumprelu" and kind != "JumpReluAutoEncoder":
+        if tensors["threshold"].ndim:
+            raise FeatpatchError(f"{origin}: threshold is {list(tensors['threshold'].shape)}: expected one number")
         tensors["threshold"] = tensors["threshold"].to(tensors["W_enc"].dtype).expand(tensors["b_enc"].shape).contiguous()
     centred = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder") or subtracts
     return Weights(origin, tensors, activation, stated, centred)

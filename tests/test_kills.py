@@ -8,7 +8,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -138,21 +139,24 @@ class Child:
     log: Path
 
     @classmethod
-    def of(cls, run: Callable[[Path], list[Any]], folder: Path, log: Path, gate: int | None = None) -> "Child":
-        """Start it; with a gate, a pipe, it waits until that is closed."""
+    def of(
+        cls, run: Callable[[Path], list[Any]], folder: Path, log: Path, whole: list[Any], gate: int | None = None
+    ) -> "Child":
+        """Start it; with a gate, the end of a pipe, it waits until there is something to read."""
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
                 if gate is not None:
                     os.read(gate, 1)
-                status = cls._inside(run, folder, log)
+                status = cls._inside(run, folder, log, whole)
             finally:
                 os._exit(status)
         return cls(pid, log)
 
     @staticmethod
-    def _inside(run: Callable[[Path], list[Any]], folder: Path, log: Path) -> int:
+    def _inside(run: Callable[[Path], list[Any]], folder: Path, log: Path, whole: list[Any]) -> int:
+        """Return 0 for the right result, 2 for a FeatpatchError and 3 for anything else."""
         put = Journal.put
 
         def noted(self: Journal, key: str, values: torch.Tensor) -> None:
@@ -162,14 +166,10 @@ class Child:
 
         Journal.put = noted  # type: ignore[method-assign]
         try:
-            run(folder)
-        except fp.FeatpatchError as error:
-            log.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
-            return 2
+            return 0 if run(folder) == whole else 3
         except BaseException as error:
             log.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
-            return 3
-        return 0
+            return 2 if type(error) is fp.FeatpatchError else 3
 
     @property
     def batches(self) -> int:
@@ -201,7 +201,7 @@ def test_killed_at_random_points_nothing_is_lost_or_run_again(
     duration, every = time.monotonic() - start, len(written)
     for number in range(KILLS):
         folder = tmp_path / f"killed {number}"
-        child = Child.of(run, folder, tmp_path / f"{number}.log")
+        child = Child.of(run, folder, tmp_path / f"{number}.log", whole)
         child.wait_for(r.randrange(every))
         time.sleep(r.uniform(0, 2) * duration / every)
         os.kill(child.pid, signal.SIGKILL)
@@ -213,3 +213,69 @@ def test_killed_at_random_points_nothing_is_lost_or_run_again(
         assert len(written) in (every - before, every - before - 1), "the kill may come between a batch and its note"
     print(run.__name__, f"{middle} of {KILLS} kills in the middle of {every} batches")
     assert middle > KILLS / 2, "too few kills came in the middle"
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
+def test_two_processes_at_once(run: Callable[[Path], list[Any]], times: int, written: list[str], tmp_path: Path) -> None:
+    """Of two that begin at the same time on the same files, each gives the right result or says that the files are in use."""
+    torch.set_num_threads(1)
+    r, ends = random.Random(run.__name__), Counter[str]()
+    start = time.monotonic()
+    whole = run(tmp_path / "whole")
+    duration = time.monotonic() - start
+    for number in range(times):
+        folder, (gate, opened) = tmp_path / f"folder {number}", os.pipe()
+        logs = [tmp_path / f"{number} {which}.log" for which in ("first", "second")]
+        children = [Child.of(run, folder, log, whole, gate) for log in logs]
+        os.write(opened, b"1")
+        time.sleep(0 if number % 2 == 0 else r.uniform(0, duration))
+        os.write(opened, b"2")
+        statuses = [child.end() for child in children]
+        os.close(gate)
+        os.close(opened)
+        for status, log in zip(statuses, logs, strict=True):
+            said = log.with_suffix(".error").read_text() if log.with_suffix(".error").exists() else ""
+            ends["right" if status == 0 else "refused"] += 1
+            assert status == 0 or (status == 2 and "is in use by another" in said), (status, said)
+        assert 0 in statuses
+        written.clear()
+        assert run(folder) == whole
+        assert written == [], "what one of the two has finished is there"
+    print(run.__name__, dict(ends))
+
+
+def test_a_stream_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    """Also between two blocks, when no journal is in use."""
+    ends = []
+
+    def given_slowly() -> Iterator[fp.Pairs]:
+        for block in blocks(many(small(), 4), 2):
+            ends.append(Child.of(streaming, tmp_path, tmp_path / "log", []).end())
+            yield block
+
+    stored = fp.stream_features(small().model, saes(), given_slowly(), tmp_path / "stream", **ROWS)
+    assert ends == [2, 2]
+    assert "is in use by another process or thread" in (tmp_path / "log.error").read_text()
+    assert stored.blocks == 2
+
+
+def test_two_processes_that_write_the_same_files(tmp_path: Path) -> None:
+    """Each time one reads a file, it is what one of the two wrote, and whole."""
+    tables, path = [top(), top().top(3)], tmp_path / "effects"
+    nodes = [table.nodes for table in tables]
+    tables[0].save(path)
+    children = []
+    for own in tables:
+        pid = os.fork()
+        if pid == 0:
+            while True:
+                own.save(path)
+        children.append(pid)
+    try:
+        seen = {nodes.index(fp.Effects.load(path).nodes) for _ in range(60)}
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    assert seen == {0, 1}

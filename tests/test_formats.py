@@ -273,6 +273,15 @@ def test_where_dictionary_learning_trains(bridge: Small, tmp_path: Path, trainer
         compared(bridge, fp.load_sae(tmp_path / "sae"), library, hook, hook)
 
 
+def test_an_sae_of_another_width_out_than_in(tmp_path: Path) -> None:
+    """Its output can't replace what it reads; the biases of this class do not show it."""
+    library = libraries.AutoEncoderNew()
+    library.decoder = libraries.linear(libraries.FEATURES, 2 * libraries.WIDTH)
+    libraries.save_dictionary_learning(drawn(library), tmp_path / "sae")
+    with pytest.raises(fp.FeatpatchError, match="reads 16 and writes 32 values: expected the same width in and out of an SAE"):
+        fp.load_sae(tmp_path / "sae")
+
+
 def test_folders_of_several(tmp_path: Path) -> None:
     for layer in (10, 2, 1):
         libraries.save_sparsify(SparseCoder(), tmp_path / "run" / f"layers.{layer}")

@@ -312,8 +312,8 @@ def load_circuit(
         check_shape(graph, content["graph"], over)
         if content["candidates"] != tuple(graph.candidates):
             raise FeatpatchError(
-                f"{str(path)!r} is damaged: its candidates are not those of its groups: expected a file written by circuit.save; "
-                "save the circuit again"
+                f"{str(path)!r} is damaged: its candidates are not those of its groups: expected a file written by "
+                "circuit.save; save the circuit again"
             )
         items, scores = content["items"], np.array(content["scores"], dtype=np.float64)
         graph.mask(items)

@@ -704,6 +704,15 @@ def test_settings_of_open_moss_that_are_none(tmp_path: Path, changed: dict[str, 
         fp.load_sae(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["W_E", "W_D", "b_E", "b_D"])
+def test_weights_of_open_moss_for_more_hook_points(tmp_path: Path, name: str) -> None:
+    cfg, state = open_moss("relu", "dataset-wise")
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    save_file({**state, name: torch.cat([state[name], state[name]])}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(fp.FeatpatchError, match="expected one matrix and one bias of each for each of the 3 hook points"):
+        fp.load_sae(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -158,9 +158,12 @@ def open_moss(folder: Path, hooks: Hooks) -> Crosscoder:
     needed = [*wanted, *(averages if norm == "dataset-wise" else [])]
     if not set(needed) <= state.keys() <= {*wanted, *averages}:
         raise FeatpatchError(f"the weights are {', '.join(sorted(state))}: expected {', '.join(needed)}")
-    if any(state[name].ndim != 3 or len(state[name]) != len(names) for name in ("W_E", "W_D")):
-        shapes = {name: list(state[name].shape) for name in ("W_E", "W_D")}
-        raise FeatpatchError(f"the weights are {shapes}: expected one matrix for each of the {len(names)} hook points")
+    sizes = {"W_E": 3, "W_D": 3, "b_E": 2, "b_D": 2}
+    if any(state[name].ndim != ndim or len(state[name]) != len(names) for name, ndim in sizes.items()):
+        shapes = {name: list(state[name].shape) for name in sizes}
+        raise FeatpatchError(
+            f"the weights are {shapes}: expected one matrix and one bias of each for each of the {len(names)} hook points"
+        )
     _check_dtypes(state, needed)
     order = sorted(range(len(names)), key=lambda at: sites.layer_of(names[at]))
     encoder, decoder, b_dec = (state[name][order] for name in ("W_E", "W_D", "b_D"))

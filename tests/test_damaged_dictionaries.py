@@ -163,6 +163,13 @@ def plain(files: Files) -> bool:
         return False  # another function, which the reference has not
     if "W_D" in every and not every["W_D"].norm(dim=-1).all():
         return False  # OpenMOSS divides by the norms of decoders
+    if (
+        "decoder.weight" in every
+        and "threshold" in every
+        and every["decoder.weight"].ndim == 3
+        and bool((every["threshold"] < 0).any())
+    ):
+        return False  # a feature that writes nothing is on in dictionary_learning, and off here
     return all(
         (tensor.dtype == torch.float64 or not tensor.ndim or key.endswith("threshold")) and not tensor.abs().max() > 1e4
         for key, tensor in numbers.items()

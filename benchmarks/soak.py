@@ -55,7 +55,7 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
 FAULTS = {
     "memory refused": "", "memory limited": "single patch", "killed": "", "Ctrl-C": "KeyboardInterrupt", "NaN": "NaN",
     "disk full": "can't be written", "file too large": "can't be written", "truncated": "", "written twice": "",
-    "a byte flipped": "first line is damaged", "clock jumps": "", "two at once": "open in another process",
+    "a byte flipped": "first line is damaged", "clock jumps": "", "two at once": "in use by another process",
 }  # fmt: skip
 """The faults, each with a pattern for the error message with which a process may end because of it."""
 WARM = 20

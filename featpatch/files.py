@@ -173,11 +173,35 @@ def read_json(text: str) -> Any:
     return value
 
 
+def read_yaml(text: str) -> Any:
+    """Parse YAML from an untrusted source; no code in it is run.
+
+    Raises:
+        ValueError: the text is not YAML, is nested too deeply, holds a lone surrogate, or has aliases, with which a few lines
+            can stand for billions of values.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    depth = 0
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"lists and mappings are nested more than {MAX_DEPTH} deep")
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has aliases, such as *a: expected each value to be written out")
+        value = yaml.safe_load(text)
+    except Exception as error:  # PyYAML raises KeyError, IndexError and others for a value that does not fit its tag
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+    _check(value, MAX_DEPTH)
+    return value
+
+
 def _check(value: Any, depth: int) -> None:
     if not depth:
         raise RecursionError
     if isinstance(value, str):
         value.encode()
-    elif isinstance(value, (list, dict)):
-        for part in value if isinstance(value, list) else (*value, *value.values()):
+    elif isinstance(value, (list, tuple, set, dict)):
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
             _check(part, depth - 1)

@@ -1,6 +1,6 @@
 """How many random examples properties draw: few by default and more in `make extended`, always the same ones.
 
-FEATPATCH_EXAMPLES=10000 draws as many in a file, other ones each time.
+FEATPATCH_EXAMPLES=10000 draws as many in a file, or for each case of a test with `each`, other ones each time.
 """
 
 import os
@@ -19,3 +19,8 @@ def share(part: float, deadline: int | None = 5000) -> Any:
         max_examples=max(3, round(int(ASKED or default) * part)), derandomize=ASKED is None, deadline=deadline, database=None,
         suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate, Phase.shrink),
     )  # fmt: skip
+
+
+def each(part: float, deadline: int | None = 5000) -> Any:
+    """Settings of a test that makes this share of all examples, or as many as FEATPATCH_EXAMPLES asks for."""
+    return share(part if ASKED is None else 1.0, deadline)

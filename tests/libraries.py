@@ -114,7 +114,7 @@ class AutoEncoderTopK(Dictionary):
         self.encoder, self.decoder = linear(WIDTH, FEATURES), linear(FEATURES, WIDTH, bias=False)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return largest(self.encoder(x - self.b_dec).clamp(min=0), K)
+        return largest(self.encoder(x - self.b_dec).clamp(min=0), int(self.k))
 
 
 class BatchTopKSAE(AutoEncoderTopK):

@@ -202,6 +202,21 @@ def test_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             fp.load_circuit(wrong, small.model, pairs_of(small))  # type: ignore[arg-type]
 
 
+def test_candidates_that_are_not_their_groups(tmp_path: Path) -> None:
+    """The node of a group has a name, a number and a position, which follow from the group."""
+    small, site = small_hooked(), "blocks.1.hook_resid_pre"
+    nodes = [fp.Node(site, "feature", n, sae=site) for n in range(4)]
+    run: dict[str, Any] = {"saes": small.at(site), "errors": "in", "size": 2, "progress": False}
+    circuit = fp.find_circuit(small.model, pairs_of(small), nodes=[fp.Patch((nodes[0], nodes[1]), "two"), *nodes[2:]], **run)
+    path = circuit.save(tmp_path / "circuit.json")
+    content = json.loads(path.read_text())
+    assert fp.load_circuit(path, small.model, pairs_of(small), saes=small.at(site)).items == circuit.items
+    content["candidates"][-1][3] = "end"
+    path.write_text(json.dumps(content))
+    with pytest.raises(fp.FeatpatchError, match="its candidates are not those of its groups"):
+        fp.load_circuit(path, small.model, pairs_of(small), saes=small.at(site))
+
+
 def test_empty_ablation_values_are_not_those_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     small = small_hooked()

@@ -590,6 +590,9 @@ def rewrite(file: Path, **tensors: torch.Tensor | None) -> None:
             "W_enc_0.safetensors': .* values of W_enc_0 are NaN or infinite",
         ),
         (lambda clt: (clt / "config.yaml").write_text("a: [1"), "config.yaml' can't be read"),
+        (lambda clt: (clt / "config.yaml").write_text("a: " + "[" * 100_000), "nested more than 20 deep"),
+        (lambda clt: (clt / "config.yaml").write_text("a: !!bool x"), "config.yaml' can't be read .'x'."),
+        (lambda clt: (clt / "config.yaml").write_text("a: &a [1]\nb: *a"), "it has aliases, such as .a: expected each value"),
         (
             lambda clt: (clt / "config.yaml").write_text("feature_input_hook: hook_mlp_in"),
             r"/clt': the files do not say which hook points the dictionary writes: pass hook_out=, a list",
@@ -683,7 +686,8 @@ def test_crosscoders_that_are_none(options: dict[str, Any], message: str) -> Non
     ("changed", "message"),
     [
         ({"sae_type": "lorsa"}, "sae_type='lorsa', .* expected a 'crosscoder' of OpenMOSS"),
-        ({"hook_points": "all"}, "hook_points='all': expected a 'crosscoder' of OpenMOSS and the names"),
+        ({"hook_points": "all"}, "hook_points='all', .*: expected a 'crosscoder' of OpenMOSS, the names"),
+        ({"sparsity_include_decoder_norm": None}, "sparsity_include_decoder_norm=None: expected .* and true or false"),
         ({"hook_points": STREAM[:2]}, r"the weights are \w+.*: expected W_E"),
         ({"hook_points": ["hook_embed", *STREAM[1:]]}, "the weights are .*: expected W_E"),
         ({"act_fn": "batchtopk"}, "act_fn='batchtopk', .* others depend on the other prompts"),
@@ -700,6 +704,15 @@ def test_settings_of_open_moss_that_are_none(tmp_path: Path, changed: dict[str, 
         fp.load_sae(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["W_E", "W_D", "b_E", "b_D"])
+def test_weights_of_open_moss_for_more_hook_points(tmp_path: Path, name: str) -> None:
+    cfg, state = open_moss("relu", "dataset-wise")
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    save_file({**state, name: torch.cat([state[name], state[name]])}, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(fp.FeatpatchError, match="expected one matrix and one bias of each for each of the 3 hook points"):
+        fp.load_sae(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -709,6 +722,13 @@ def test_settings_of_open_moss_that_are_none(tmp_path: Path, changed: dict[str, 
         ({"decoder.weight": random(LAYERS, 4, WIDTH)}, "': W_dec is .3, 4, 16.|do not go together"),
         ({"code_normalization_id": torch.tensor(9)}, "code_normalization_id is 9: expected 1 to 5"),
         ({"activation_mean": random(2, WIDTH), "activation_std": random(2, WIDTH)}, "normalises 2: expected equal numbers"),
+        ({"code_normalization_id": torch.tensor([1, 2])}, "weights or settings that do not go together"),
+        (
+            {"encoder.weight": torch.ones(LAYERS, WIDTH, FEATURES, dtype=torch.int64)},
+            "encoder.weight is torch.int64: expected one",
+        ),
+        ({"activation_std": torch.eye(LAYERS, WIDTH) / 0}, "93 of 96 values of activation_mean and activation_std are NaN"),
+        ({"activation_std": None}, "lacks one of activation_mean, _std and _global_scale: expected all, or none"),
         ({"threshold": random(3, 3)}, "': the weights do not|do not go together|threshold is"),
     ],
 )

@@ -273,6 +273,15 @@ def test_where_dictionary_learning_trains(bridge: Small, tmp_path: Path, trainer
         compared(bridge, fp.load_sae(tmp_path / "sae"), library, hook, hook)
 
 
+def test_an_sae_of_another_width_out_than_in(tmp_path: Path) -> None:
+    """Its output can't replace what it reads; the biases of this class do not show it."""
+    library = libraries.AutoEncoderNew()
+    library.decoder = libraries.linear(libraries.FEATURES, 2 * libraries.WIDTH)
+    libraries.save_dictionary_learning(drawn(library), tmp_path / "sae")
+    with pytest.raises(fp.FeatpatchError, match="reads 16 and writes 32 values: expected the same width in and out of an SAE"):
+        fp.load_sae(tmp_path / "sae")
+
+
 def test_folders_of_several(tmp_path: Path) -> None:
     for layer in (10, 2, 1):
         libraries.save_sparsify(SparseCoder(), tmp_path / "run" / f"layers.{layer}")
@@ -342,6 +351,8 @@ def configured(**changes: Any) -> Damage:
         (rewritten(b_dec=torch.full((16,), torch.inf)), "16 of 16 values of b_dec are NaN or infinite: expected finite"),
         (rewritten(b_dec=torch.zeros(16, dtype=torch.int8)), "b_dec is torch.int8: expected one of torch.float64"),
         (rewritten(k=torch.tensor(K + 1)), "the weights say k=7 and the configuration k=6"),
+        (rewritten(k=torch.tensor([K, K])), r"the weights say k=\[6, 6\] and the configuration k=6"),
+        (configured(dict_class=["AutoEncoderTopK"]), "is a .* of dictionary_learning: expected one of AutoEncoder"),
         (configured(k=99), "the weights say k=6 and the configuration k=99"),
         (configured(dict_size=25), "the configuration says dict_size=25 and the weights 24: expected both to agree"),
         (configured(activation_dim=0), "the configuration says activation_dim=0 and the weights 16"),

@@ -23,6 +23,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
+from damage import MARKS, NUMBER, SCALARS, TEXTS, VALUES, Deep, as_json, clean, damaged, swapped
 from drawn import share
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,84 +42,6 @@ from featpatch.page.page import write
 from featpatch.pairs.tokens import PairsWarning
 from featpatch.reporting import sections
 from featpatch.reporting.sections import FeatureCard, Material, PairText
-
-MARKS = [
-    "<script>window.hacked=1</script>", "</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=1>",
-    "]]><svg onload=window.hacked=1>", "${window.hacked=1}", "{{ 7*7 }}{% raw %}", "\" onmouseover=\"window.hacked=1", "'><b>",
-    "javascript:window.hacked=1", "a\x00b", "\u202eevil\u2066", "\u2028\u2029", "<!--", "<!-- <script>", "</title></style></template>",
-    "&lt;script&gt;", "\\", "%s%d{0}", "../../evil", "/tmp/evil", "..\\evil", "[red]x[/red]", "ünï→", "", " ", "NaN", "__proto__",
-]  # fmt: skip
-TEXTS = st.sampled_from(MARKS) | st.text(max_size=12)
-SCALARS = st.none() | st.booleans() | st.sampled_from(
-    [0, -1, 1, 2**31, 2**53, 2**63, -(2**63), 2**64, 10**40, 10**400, 0.5, -0.0, 1e-320, 1e308, -1e308, float("nan"), float("inf")]
-) | st.integers(-3, 12) | st.floats() | TEXTS | st.just("\ud800")  # fmt: skip
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "clean", "\ud800"]), inner, max_size=3), max_leaves=5
-) | st.sampled_from([19, 60, 600, 100_000]).map(lambda deep: Deep(deep))  # fmt: skip
-
-
-class Deep:
-    """As JSON, so many lists within one another."""
-
-    def __init__(self, levels: int) -> None:
-        self.text = "[" * levels + "]" * levels
-
-
-def as_json(value: Any) -> str:
-    """Also of what `json` can't write, such as numbers of many digits within its own limits."""
-    if isinstance(value, Deep):
-        return value.text
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(name)}: {as_json(part)}" for name, part in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(as_json, value)) + "]"
-    return json.dumps(value)
-
-
-@st.composite
-def damaged(draw: Any, content: bytes) -> bytes:
-    """The bytes with a few of them cut off, changed, inserted, removed or doubled."""
-    for _ in range(draw(st.integers(0, 3))):
-        at, length = draw(st.integers(0, len(content))), draw(st.integers(1, 40))
-        piece = draw(st.binary(max_size=4) | st.sampled_from(
-            [b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n\n", b"\xed\xa0\x80", b'"', b"[" * 2000, b"x" * 200_000, b"1e999", b"NaN", b"-", b",", b"{}", b"9" * 5000]
-        ))  # fmt: skip
-        content = draw(st.sampled_from([
-            content[:at], content[:at] + piece + content[at:], content[:at] + piece + content[at + length :],
-            content[:at] + content[at + length :], content[: at + length] + content[at:], piece + content, content.replace(b"\n", piece),
-        ]))  # fmt: skip
-    return content
-
-
-@st.composite
-def swapped(draw: Any, content: Any) -> Any:
-    """The value with some of its parts replaced, left out or added, at any depth."""
-    if draw(st.integers(0, 9)) == 0:
-        return draw(VALUES)
-    if isinstance(content, dict):
-        chosen = dict(content)
-        for name in draw(st.lists(st.sampled_from([*content, "unknown"]), max_size=2)):
-            if draw(st.integers(0, 3)) == 0:
-                chosen.pop(name, None)
-            else:
-                chosen[name] = draw(swapped(content[name]) if name in content else VALUES)
-        return chosen
-    if isinstance(content, list) and content:
-        at = draw(st.integers(0, len(content) - 1))
-        changed = [draw(swapped(content[at]))] * draw(st.integers(0, 2))
-        return [*content[:at], *changed, *content[at + 1 :]]
-    return draw(VALUES | st.just(content))
-
-
-def clean(call: Callable[[], Any]) -> Any:
-    """What it gives, None where it refuses; anything but a FeatpatchError is passed on and fails."""
-    try:
-        return call()
-    except fp.FeatpatchError as raised:
-        refusal = raised
-    assert type(refusal) is fp.FeatpatchError
-    assert str(refusal).encode()
-    return None
 
 
 def words(text: str) -> list[int]:
@@ -292,9 +215,6 @@ def write_file(
         data += column.tobytes()
     text = as_json(edit(header)).encode()
     return struct.pack("<Q", len(text)) + text + data
-
-
-NUMBER = st.sampled_from([0.0, -0.0, 1.0, -1.0, np.nan, np.inf, -np.inf, 1e308, -1e308, 5e-324, 1e-200, 3.4e38]) | st.floats()
 
 
 @st.composite

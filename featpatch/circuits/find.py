@@ -310,6 +310,11 @@ def load_circuit(
         items, scores = from_eap_ig(graph, content["edges"])
     else:
         check_shape(graph, content["graph"], over)
+        if content["candidates"] != tuple(graph.candidates):
+            raise FeatpatchError(
+                f"{str(path)!r} is damaged: its candidates are not those of its groups: expected a file written by "
+                "circuit.save; save the circuit again"
+            )
         items, scores = content["items"], np.array(content["scores"], dtype=np.float64)
         graph.mask(items)
         if len(scores) not in (0, len(graph.items)):

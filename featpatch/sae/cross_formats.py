@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 
 from featpatch.errors import FeatpatchError
-from featpatch.files import read_json
+from featpatch.files import read_json, read_yaml
 from featpatch.sae.clt import CrossLayerTranscoder
 from featpatch.sae.cross import Cross
 from featpatch.sae.crosscoder_formats import CROSSCODERS, Hook, Hooks, dictionary_learning, learned, open_moss, own_format
@@ -67,7 +66,7 @@ def _kind(folder: Path) -> str | None:
 def _settings(folder: Path, name: str) -> dict[str, Any]:
     """Return the settings in a file; none if it is not there or, since it may belong to another dictionary, not readable."""
     try:
-        return settings_of(folder / name, yaml.safe_load if name.endswith(".yaml") else read_json)
+        return settings_of(folder / name, read_yaml if name.endswith(".yaml") else read_json)
     except FeatpatchError:
         return {}
 
@@ -95,10 +94,10 @@ def read(path: Path, hooks: Hooks = (None, None)) -> Cross | None:
         return FORMATS[kind][1](folder, hooks)
     except FeatpatchError as error:
         raise error if str(folder) in str(error) else FeatpatchError(f"{str(folder)!r}: {error}") from error
-    except (RuntimeError, IndexError) as error:  # torch, where the shapes or dtypes of weights do not go together
+    except Exception as error:  # of torch or Python, where shapes, dtypes or settings do not go together
         raise FeatpatchError(
-            f"{str(folder)!r} holds weights that do not go together ({short(error)}): expected those of a {kind} dictionary; "
-            "download or save them again"
+            f"{str(folder)!r} holds weights or settings that do not go together ({short(error)}): expected those of a {kind} "
+            "dictionary; download or save them again"
         ) from error
 
 
@@ -124,7 +123,7 @@ def of_object(source: Any, hooks: Hooks, name: str = "") -> Cross | None:
 
 
 def _circuit_tracer(folder: Path, hooks: Hooks) -> CrossLayerTranscoder:
-    settings = settings_of(folder / "config.yaml", yaml.safe_load) if (folder / "config.yaml").is_file() else {}
+    settings = settings_of(folder / "config.yaml", read_yaml) if (folder / "config.yaml").is_file() else {}
     names = [match for file in folder.glob("W_*.safetensors") if (match := LAYER_FILE.fullmatch(file.stem))]
     layers = range(1 + max((int(match[2]) for match in names), default=-1))
     missing = [f"W_{way}_{layer}.safetensors" for layer in layers for way in ("enc", "dec")

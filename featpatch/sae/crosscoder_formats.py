@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, is_finite
+from featpatch.model.facts import TYPES
 from featpatch.sae.crosscoder import Crosscoder
 from featpatch.sae.formats import settings_of, tensors_of, text_of
 
@@ -51,13 +52,23 @@ def learned(state: Mapping[str, torch.Tensor], alphas: Sequence[Any], layers: An
             f"the crosscoder has {', '.join(f'{name} {list(value.shape)}' for name, value in state.items())}: expected "
             f"{', '.join(wanted)} and perhaps {', '.join(known[4:])}"
         )
+    _check_dtypes(state, wanted)
     encoder, bias, decoder, b_dec = (state[name] for name in wanted)
     if isinstance(layers, (list, tuple)) and len(layers) == len(encoder):
         encoder = encoder[sorted(range(len(layers)), key=layers.__getitem__)]
     norms = _norms(decoder, int(state["code_normalization_id"]) if "code_normalization_id" in state else 1, alphas)
-    mean, scale = state.get("activation_mean"), state.get("activation_global_scale")
-    deviation = state.get("activation_std")
-    if mean is not None and scale is not None and deviation is not None and not torch.isnan(torch.cat([mean, deviation])).any():
+    parts = [state.get(f"activation_{part}") for part in ("mean", "std", "global_scale")]
+    mean, deviation, scale = parts
+    if mean is not None and deviation is not None and scale is not None:
+        unknown = torch.isnan(torch.cat([mean, deviation]))
+        if unknown.any() and not unknown.all():
+            raise FeatpatchError(
+                f"{int(unknown.sum())} of {unknown.numel()} values of activation_mean and activation_std are NaN: expected "
+                "all, for a crosscoder that does not normalise its activations, or none; download or save it again"
+            )
+    elif any(part is not None for part in parts):
+        raise FeatpatchError("the crosscoder lacks one of activation_mean, _std and _global_scale: expected all, or none")
+    if mean is not None and scale is not None and not torch.isnan(mean).any():
         if not len(mean) == len(scale) == len(encoder) == len(decoder):
             raise FeatpatchError(
                 f"the crosscoder reads {len(encoder)} hook points, writes {len(decoder)} and normalises {len(mean)}: expected "
@@ -84,11 +95,24 @@ def _norms(decoder: torch.Tensor, kind: int, alphas: Sequence[Any]) -> torch.Ten
         alphas: as in `learned`.
     """
     by_output, together = decoder.norm(dim=2), decoder.norm(dim=(0, 2))
-    alpha, beta = (default if value is None else float(value) for value, default in zip(alphas, (1.0, 0.1), strict=True))
+    alpha, beta = (default if value is None else value for value, default in zip(alphas, (1.0, 0.1), strict=True))
+    if not is_finite(alpha) or not is_finite(beta):
+        raise FeatpatchError(f"the factors of the mixed norm are {alpha!r:.40} and {beta!r:.40}: expected finite numbers")
     kinds = [by_output.sum(0), together, alpha * together + beta * by_output.sum(0), torch.ones_like(together), by_output]
     if not 1 <= kind <= len(kinds):
         raise FeatpatchError(f"code_normalization_id is {kind}: expected 1 to {len(kinds)}")
     return kinds[kind - 1]
+
+
+def _check_dtypes(state: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
+    """Check that weights are floating-point numbers, before arithmetic on them makes them so.
+
+    Raises:
+        FeatpatchError: a tensor is of another dtype.
+    """
+    for name in names:
+        if state[name].dtype not in TYPES:
+            raise FeatpatchError(f"{name} is {state[name].dtype}: expected one of {', '.join(map(str, TYPES))}")
 
 
 def _listed(given: Hook, way: str, count: int) -> Any:
@@ -114,11 +138,13 @@ def open_moss(folder: Path, hooks: Hooks) -> Crosscoder:
     """
     cfg = settings_of(folder / "config.json")
     names, kind, norm = cfg.get("hook_points"), cfg.get("act_fn", "relu"), cfg.get("norm_activation", "dataset-wise")
+    by_norm = cfg.get("sparsity_include_decoder_norm", True)
     named = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if cfg.get("sae_type") != "crosscoder" or not named or names is None:
+    if cfg.get("sae_type") != "crosscoder" or not named or names is None or not isinstance(by_norm, bool):
         raise FeatpatchError(
-            f"sae_type={cfg.get('sae_type')!r}, hook_points={names!r}: expected a 'crosscoder' of OpenMOSS and the names of "
-            "its hook points; wrap another dictionary with fp.dictionaries.adapt"
+            f"sae_type={cfg.get('sae_type')!r}, hook_points={names!r}, sparsity_include_decoder_norm={by_norm!r}: expected a "
+            "'crosscoder' of OpenMOSS, the names of its hook points, and true or false; wrap another dictionary with "
+            "fp.dictionaries.adapt"
         )
     if kind not in ("relu", "jumprelu", "topk") or norm not in ("dataset-wise", "inference"):
         raise FeatpatchError(
@@ -132,9 +158,13 @@ def open_moss(folder: Path, hooks: Hooks) -> Crosscoder:
     needed = [*wanted, *(averages if norm == "dataset-wise" else [])]
     if not set(needed) <= state.keys() <= {*wanted, *averages}:
         raise FeatpatchError(f"the weights are {', '.join(sorted(state))}: expected {', '.join(needed)}")
-    if any(state[name].ndim != 3 or len(state[name]) != len(names) for name in ("W_E", "W_D")):
-        shapes = {name: list(state[name].shape) for name in ("W_E", "W_D")}
-        raise FeatpatchError(f"the weights are {shapes}: expected one matrix for each of the {len(names)} hook points")
+    sizes = {"W_E": 3, "W_D": 3, "b_E": 2, "b_D": 2}
+    if any(state[name].ndim != ndim or len(state[name]) != len(names) for name, ndim in sizes.items()):
+        shapes = {name: list(state[name].shape) for name in sizes}
+        raise FeatpatchError(
+            f"the weights are {shapes}: expected one matrix and one bias of each for each of the {len(names)} hook points"
+        )
+    _check_dtypes(state, needed)
     order = sorted(range(len(names)), key=lambda at: sites.layer_of(names[at]))
     encoder, decoder, b_dec = (state[name][order] for name in ("W_E", "W_D", "b_D"))
     norms = decoder.norm(dim=2)
@@ -146,7 +176,7 @@ def open_moss(folder: Path, hooks: Hooks) -> Crosscoder:
     return Crosscoder(
         encoder, decoder, state["b_E"].sum(0), b_dec, activation=kind, k=cfg.get("top_k", 50) if kind == "topk" else None,
         threshold=state[log_threshold].exp() if kind == "jumprelu" else None,
-        scale=None if kind == "relu" or not cfg.get("sparsity_include_decoder_norm", True) else norms,
+        scale=None if kind == "relu" or not by_norm else norms,
         hook=known if hooks[0] is None else hooks[0], hook_out=known if hooks[1] is None else hooks[1],
     )  # fmt: skip
 

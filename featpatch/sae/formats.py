@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml  # type: ignore[import-untyped]
 from safetensors.torch import load_file
 
 from featpatch.errors import FeatpatchError
-from featpatch.files import read_json
+from featpatch.files import read_json, read_yaml
 from featpatch.sae.weights import Weights
 from featpatch.untrusted import short
 
@@ -130,7 +129,7 @@ def settings_of(path: Path, parse: Callable[[str], Any] = read_json) -> dict[str
     """
     try:
         value = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise FeatpatchError(
             f"{str(path)!r} can't be read ({reason}): expected the configuration next to the weights"
@@ -206,21 +205,23 @@ threshold for all features."""
 def _dictionary_learning(
     origin: str, state: Mapping[str, torch.Tensor], kind: object, k: Any, subtracts: bool = False
 ) -> Weights:
-    if kind not in CLASSES:
-        raise FeatpatchError(f"{origin} is a {kind!r} of dictionary_learning: expected one of {', '.join(CLASSES)}")
-    activation, names = CLASSES[str(kind)]
-    stated = state["k"].item() if "k" in state and state["k"].numel() == 1 else k
+    if not isinstance(kind, str) or kind not in CLASSES:
+        raise FeatpatchError(f"{origin} is a {str(kind)[:80]!r} of dictionary_learning: expected one of {', '.join(CLASSES)}")
+    activation, names = CLASSES[kind]
+    stated = state["k"].tolist() if "k" in state else k
     if k is not None and stated != k:
         raise FeatpatchError(
-            f"{origin}: the weights say k={stated} and the configuration k={k}: expected both to agree; download or save the "
-            "folder again"
+            f"{origin}: the weights say k={str(stated)[:80]} and the configuration k={k}: expected both to agree; download or "
+            "save the folder again"
         )
     if activation != "topk":
         stated = None
     elif type(stated) is not int:
         raise FeatpatchError(f"{origin}: k={stated!r}: expected the number of features to keep, in config.json")
     tensors = _named(origin, state, names, ignored=("k", "threshold", "group_sizes"))
-    if "threshold" in tensors and tensors["threshold"].ndim == 0:
+    if activation == "jumprelu" and kind != "JumpReluAutoEncoder":
+        if tensors["threshold"].ndim:
+            raise FeatpatchError(f"{origin}: threshold is {list(tensors['threshold'].shape)}: expected one number")
         tensors["threshold"] = tensors["threshold"].to(tensors["W_enc"].dtype).expand(tensors["b_enc"].shape).contiguous()
     centred = kind not in ("AutoEncoderNew", "JumpReluAutoEncoder") or subtracts
     return Weights(origin, tensors, activation, stated, centred)
@@ -320,7 +321,7 @@ def _circuit_tracer_config(folder: Path) -> dict[str, Any]:
     Raises:
         FeatpatchError: its files are elsewhere.
     """
-    settings = settings_of(folder / "config.yaml", yaml.safe_load)
+    settings = settings_of(folder / "config.yaml", read_yaml)
     files = settings.get("transcoders")
     if isinstance(files, list) and not any(folder.glob("layer_*.safetensors")):
         listed = [str(each.get("filepath") if isinstance(each, dict) else each) for each in files]

@@ -91,8 +91,14 @@ class Weights:
         """Return the same weights with the hook points that the user names, or else with the known ones.
 
         Raises:
-            FeatpatchError: a hook point is neither named nor known.
+            FeatpatchError: a hook point is neither named nor known, or an SAE has another width out than in.
         """
+        d_in, d_out = self.tensors["W_enc"].shape[0], self.tensors["W_dec"].shape[1]
+        if d_in != d_out and not self.transcoder:
+            raise FeatpatchError(
+                f"{self.origin} reads {d_in} and writes {d_out} values: expected the same width in and out of an SAE; "
+                "download or save it again"
+            )
         reads = hook or self.reads
         writes = hook_out or (self.writes if hook is None or self.transcoder else hook)
         missing = []

@@ -1,7 +1,8 @@
 """Ranking of features over more pairs than fit into memory."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from tqdm.auto import tqdm
 from featpatch.engine.executor import Executor
 from featpatch.engine.ray import executor_of
 from featpatch.errors import FeatpatchError, counted, errors_about
-from featpatch.files import as_path, check_writable, writing
+from featpatch.files import as_path, check_writable, lock, writing
 from featpatch.nodes import DIRECTIONS, Direction
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
@@ -54,8 +55,8 @@ def stream_features(
         The stored effects, which are read from the folder on demand.
 
     Raises:
-        FeatpatchError: the input is not valid, or the folder holds results of another model, other SAEs, options or pairs; the
-            message names the block.
+        FeatpatchError: the input is not valid, another process or thread writes to the folder, or the folder holds results of
+            another model, other SAEs, options or pairs; the message names the block.
 
     Examples:
         >>> path = pairs.to_jsonl(folder / "pairs.jsonl")
@@ -73,7 +74,7 @@ def stream_features(
     check_writable(folder / "about.json")
     options = Options(positions, directions, metric, batch_rows)
     first = 0
-    with tqdm(unit="pair", desc="streaming", disable=not progress, smoothing=0) as bar:
+    with _alone(folder), tqdm(unit="pair", desc="streaming", disable=not progress, smoothing=0) as bar:
         for number, block in enumerate(blocks):
             journal, finished = folder / f"{number:06d}.journal", (folder / digests_of(number)).is_file()
             if finished:
@@ -96,6 +97,26 @@ def stream_features(
             "again; use another folder for fewer pairs"
         )
     return stored
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Lock the folder within this context, because one process deletes the journals of finished blocks that another may open.
+
+    Raises:
+        FeatpatchError: another process or thread has locked it.
+    """
+    try:
+        held = lock(folder)
+    except BlockingIOError as error:
+        raise FeatpatchError(
+            f"the folder {str(folder)!r} is in use by another process or thread: expected only one user at a time; wait for it "
+            "to finish, or give another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        del held  # also while an exception refers to this frame
 
 
 def _run(study: Study, folder: Path, number: int, first: int, journal: Path, executor: Executor | None) -> None:

@@ -13,7 +13,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -191,7 +191,7 @@ class Swap:
             },
         )
 
-    @property
+    @cached_property
     def name(self) -> str:
         """A short name derived from the nodes, the same every time."""
         return hashlib.sha256("\n".join(map(repr, self.nodes)).encode()).hexdigest()[:24]

@@ -229,6 +229,18 @@ def test_models_without_a_fast_path(name: str) -> None:
     check_entries(model, dictionaries(model, diagonal=True), 1e-12, 12)
 
 
+@pytest.mark.usefixtures("wide")
+def test_biases_of_gated_mlps() -> None:
+    """They take the fast path: a warning would be an error."""
+    oracle._activations.cache_clear()
+    model = HOOKED["llama"]()
+    for number, block in enumerate(model.blocks):
+        block.mlp.b_in.data = torch.randn(block.mlp.b_in.shape, generator=torch.Generator().manual_seed(number)).to(
+            block.mlp.b_in
+        )
+    check_entries(model, dictionaries(model), 1e-12, 12)
+
+
 def folded(kind: str, name: str) -> Any:
     """With the weights of its norms folded into what reads them."""
     model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()

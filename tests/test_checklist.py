@@ -54,6 +54,13 @@ def test_examples(demo: Demo, name: str) -> None:
         assert set(found.values()) == {"pass"}
 
 
+def test_words_of_different_kinds_are_named(demo: Demo) -> None:
+    found = check(pairs_of(demo, EXAMPLES["a name for a word"][0]), demo.model)
+    (said,) = [finding.detail for finding in found.findings if finding.rule == "kind"]
+    assert "John' is a name and" in said
+    assert "red' is a word, at 10" in said
+
+
 def test_what_is_shown_is_a_summary(demo: Demo) -> None:
     pairs = pairs_of(demo, GOOD, (CLEAN, CLEAN, "Mary", "John"), labels=[{"S2": 10}, {"S2": 10}])
     assert repr(pairs) == "2 pairs of 15 tokens, labels S2"

@@ -90,6 +90,20 @@ def test_sparsify(bridge: Small, tmp_path: Path, activation: str, transcode: boo
     assert found.directions(torch.arange(3)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("transcode", [False, True], ids=["SAE", "transcoder"])
+def test_encoders_give_what_active_features_are(bridge: Small, tmp_path: Path, transcode: bool) -> None:
+    """An SAE of sparsify reads the activation minus b_dec, a transcoder the activation itself."""
+    libraries.save_sparsify(drawn(SparseCoder("groupmax", transcode)), tmp_path / "layers.1.mlp")
+    codec = dictionaries(wrap(bridge.model), fp.load_sae(tmp_path / "layers.1.mlp"))[0].codec
+    x = torch.randn(1, 5, codec.d_in, generator=torch.Generator().manual_seed(0), dtype=codec.dtype)
+    features, found = codec.encode(x).features, codec.encoders(torch.arange(codec.d_sae))
+    assert found is not None
+    rows, biases = found
+    active = features > 0
+    assert active.any()
+    torch.testing.assert_close((x.to(rows) @ rows.T + biases)[active], features[active].to(rows))
+
+
 @pytest.mark.parametrize(
     ("folder", "transcode", "reads", "writes"),
     [

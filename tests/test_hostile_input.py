@@ -324,7 +324,9 @@ def entry_of(name: str, value: Any) -> Callable[[dict[str, str]], dict[str, str]
         *(node_with(site=value) for value in (None, 3, [])), node_with(sae=None), node_with(kind="edge"), node_with(kind=[]),
         lambda said: {**said, "nodes": as_json(2 * json.loads(said["nodes"]))},
         *(entry_of(name, value) for name in ("metric", "metrics", "directions", "positions", "model", "versions", "rows_ranked", "finished", "screening", "tags", "of_pairs", "saes") for value in (None, -1, 10**40, [[]], {"a": 1}, [1.5])),
-        entry_of("screening", {"k": 0, "sampled": 1, "candidates": 2, "looks": 1, "changed_features": []}), entry_of("directions", []), entry_of("directions", ["noising", "noising"]), entry_of("tags", []), entry_of("of_pairs", [0]),
+        entry_of("screening", {"k": 0, "sampled": 1, "candidates": 2, "looks": 1, "changed_features": []}),
+        *(entry_of("screening", {"k": 1, "sampled": 1, "candidates": 2, "looks": 1, "changed_features": [row]}) for row in ([3, "a", "b", 1], ["a", "b", "S2", "1"], ["a", "b", "S2", 1, 1])),
+        entry_of("directions", []), entry_of("directions", ["noising", "noising"]), entry_of("tags", []), entry_of("of_pairs", [0]),
         entry_of("metrics", ["prob", "logit_diff"]),
     ],
 )  # fmt: skip

@@ -672,6 +672,14 @@ def test_padding_is_not_patched(small: Small) -> None:
     assert not torch.equal(patched[:, 2:], plain[:, 2:])
 
 
+def test_a_long_pair_is_cut_when_it_is_shown() -> None:
+    short, long = (fp.Pair((1, 2), (1, 3), (4,), (5,), labels=dict.fromkeys(map(str, range(n)), 1)) for n in (1, 60))
+    assert str(short) == "pair of 2 tokens, of which 1 differ, answer ids 4 (right) and 5 (wrong), labels 0 1"
+    assert str(long).startswith(f"{short}, 1 1, 2 1")
+    assert len(str(long)) == 153
+    assert str(long).endswith("...")
+
+
 def test_do_refuses_padding_without_a_mask(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     _pairs, table, mask = rows(demo, "left")
     node = fp.Node("blocks.1.hook_resid_pre", "activation", position=0)

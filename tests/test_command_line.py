@@ -115,6 +115,26 @@ def test_tasks(tmp_path: Path) -> None:
         assert message in " ".join(refused.stderr.split())
 
 
+@pytest.mark.parametrize(
+    ("command", "ending"),
+    [
+        (("report", "effects.safetensors"), ".html"),
+        (("tasks", "ioi"), ".jsonl"),
+        (("check", "--model", "nowhere/at-all", "--pairs", "nowhere.jsonl"), ".csv"),
+    ],
+)
+def test_a_file_of_another_format_is_not_replaced(command: tuple[str, ...], ending: str, tmp_path: Path) -> None:
+    """Nothing is read or loaded before; a device may have any name."""
+    (tmp_path / "pairs.txt").write_text("the only copy")
+    for name in ("pairs.txt", "new", "pairs.safetensors"):
+        refused = run(*command, "--out", name, folder=tmp_path)
+        assert refused.returncode == 2
+        assert f"error: --out {name!r}: expected the path of a {ending} file" in " ".join(refused.stderr.split())
+    for name in ("/dev/null", f"new{ending.upper()}"):
+        assert "expected the path of" not in run(*command, "--out", name, folder=tmp_path).stderr
+    assert (tmp_path / "pairs.txt").read_text() == "the only copy"
+
+
 def test_components_features_and_estimates(folder: Path, model: list[str], sae: list[str]) -> None:
     """The same numbers as the library's, as JSON and in files; then set side by side."""
     components = run("components", *model, "--sites", "z,mlp_out", "--json", "--top", "2", folder=folder)

@@ -13,7 +13,7 @@ from featpatch.cli import options as of
 from featpatch.cli.app import INSPECT, START, app, bars, clear_errors, console
 from featpatch.cli.output import in_json
 from featpatch.errors import FeatpatchError, counted, listed
-from featpatch.files import check_writable, write_csv
+from featpatch.files import write_csv
 
 
 @app.command(rich_help_panel=START)
@@ -40,7 +40,7 @@ def check(
     """
     with clear_errors():
         if out is not None:
-            check_writable(out)
+            of.check_out(out, ".csv")
         from featpatch.reporting.terminal import by_pair, checked, totals
 
         of.checked(pairs, "all", "both", [metric])
@@ -132,7 +132,7 @@ def report(
     Example: featpatch report featpatch-out/effects.safetensors --out report.html
     """
     with clear_errors():
-        check_writable(out)
+        of.check_out(out, ".html")
         others = None if components is None else fp.Effects.load(components)
         table = fp.Effects.load(effects)
         table = table if threshold is None else table.with_threshold(threshold)
@@ -203,7 +203,7 @@ def tasks(
         if task not in fp.tasks.TASKS:
             raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(fp.tasks.TASKS)}")
         if out is not None:
-            check_writable(out)
+            of.check_out(out, ".jsonl")
         progress = bars(json=as_json)
         loaded = (fp.load_demo(progress=progress) if model is None else fp.load(model, check=False, progress=progress)).model
         drawn = fp.tasks.TASKS[task](loaded, 5 if n is None else n, seed=seed or 0)

@@ -10,7 +10,7 @@ import typer
 
 import featpatch as fp
 from featpatch.errors import FeatpatchError
-from featpatch.files import as_path
+from featpatch.files import as_path, check_writable
 
 EffectsFile = Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")]
 Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects.csv and report.html.")]
@@ -151,6 +151,22 @@ def checked(pairs: Path, positions: str, direction: str, metric: list[str]) -> d
         raise FeatpatchError(f"--pairs {str(pairs)!r} does not exist: expected a JSON Lines file of pairs; check the path")
     readout(metric)
     return {"positions": spans(positions), "directions": ways(direction), "metric": metric}
+
+
+def check_out(out: Path, ending: str) -> None:
+    """Check before any work that a file of one format can be written; a device or a pipe may have any name.
+
+    Args:
+        out: the value of --out.
+        ending: the ending of file names of this format, with its dot.
+
+    Raises:
+        FeatpatchError: the file has another ending, so that it may be an input that would be replaced, or can't be written.
+    """
+    path = as_path(out)
+    if out.suffix.lower() != ending and (path.is_file() or not path.exists()):
+        raise FeatpatchError(f"--out {str(out)!r}: expected the path of a {ending} file; give a name that ends with {ending}")
+    check_writable(out)
 
 
 def components(sites: str, positions: str) -> dict[str, Any]:

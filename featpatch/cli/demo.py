@@ -10,6 +10,7 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import START, app, bars, clear_errors, console
 from featpatch.cli.output import Output, show
+from featpatch.errors import counted
 
 FOLDER = Path("featpatch-demo")
 """The default folder for the results, where the results of an earlier demo are always replaced."""
@@ -42,7 +43,7 @@ def demo(
     with clear_errors():
         results = Output.open(out)
         screen = console(json=as_json)
-        screen.print(f"loading the demo model and its SAEs, drawing {pairs} pairs of {task} (seed {seed})")
+        screen.print(f"loading the demo model and its SAEs, drawing {counted(pairs, 'pair')} of {task} (seed {seed})")
         shipped = fp.load_demo(progress=bars(json=as_json))
         drawn = shipped.pairs(task, n=pairs, seed=seed)
         decode = shipped.model.tokenizer.decode

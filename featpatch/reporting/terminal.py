@@ -54,8 +54,9 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
         columns["pairs"] = [f"{row['changed_pairs']}/{row['pairs']}" for _, row in table.iterrows()]
         columns[changed] = [_value(row, own) for _, row in table.iterrows()]
         legend |= {"pairs": "those in which the node differs between the runs", changed: "over these pairs only"}
+    intervals = " [95 % interval]" * any("[" in cell for header in numbers for cell in columns[header])
     return Fitted(
-        f"{effects.value} effects of {counted(len(effects), 'node')}, pooled over {sample(effects)}{scale} [95 % interval]",
+        f"{effects.value} effects of {counted(len(effects), 'node')}, pooled over {sample(effects)}{scale}{intervals}",
         columns,
         numbers=[*numbers, "pairs", changed],
         spare=[header for header in (changed, *list(numbers)[:0:-1], "pairs") if header in columns and header not in first],
@@ -116,7 +117,9 @@ def _beside(plan: Plan) -> list[tuple[str, str]]:
     seconds = plan.screened_seconds(screen.k, screen.audit)
     if seconds is None:
         return [("screened sweep", "not possible: the metric has no gradient")]
-    share = f"estimates, then {screen.k} + {screen.audit} of {plan.nodes:,} features"
+    k = min(screen.k, plan.nodes)
+    patched = f"{k} + {min(screen.audit, plan.nodes - k)} of" if k < plan.nodes else "all"
+    share = f"estimates, then {patched} {counted(plan.nodes, 'feature')}"
     better = "the full sweep" if plan.seconds <= seconds else "screen=fp.Screen(), with an audit"
     return [(share, str(timedelta(seconds=math.ceil(seconds)))), ("quicker", better)]
 
@@ -132,7 +135,7 @@ def checked(check: Check) -> Fitted:
         "L0": [f"{fit.l0:.1f}" for fit in fits],
     }
     return Fitted(
-        f"self-check on {check.positions} positions; model {check.model}, weights {check.weights}",
+        f"self-check on {counted(check.positions, 'position')}; model {check.model}, weights {check.weights}",
         {
             "dictionary": [short_dictionary(fit.dictionary) for fit in fits],
             **numbers,
@@ -268,9 +271,10 @@ def by_pair(check: Checklist, text: Callable[[int], str], most: int = 12) -> Tex
     """
     verdicts = check.verdicts()
     worst = sorted((p for p, verdict in enumerate(verdicts) if verdict != "pass"), key=lambda p: -SEVERITY[verdicts[p]])
-    lines = Text(f"{counted(len(worst), 'pair')} to look at{f', the first {most}' * (len(worst) > most)}\n", "bold")
+    said = counted(len(worst), "pair") if worst else "no pair"
+    lines = Text(f"{said} to look at{f', the first {most}' * (len(worst) > most)}", "bold")
     for pair in worst[:most]:
-        found = [f"  {f.rule}: {f.detail}\n" for f in check.findings if f.pair == pair and f.status != "pass"]
-        lines.append(f"pair {pair}, {verdicts[pair]}", COLOURS[verdicts[pair]])
-        lines.append(visible(f": {text(pair)}\n{''.join(found)}"), "not bold")
+        found = [f"\n  {f.rule}: {f.detail}" for f in check.findings if f.pair == pair and f.status != "pass"]
+        lines.append(f"\npair {pair}, {verdicts[pair]}", COLOURS[verdicts[pair]])
+        lines.append(visible(f": {text(pair)}{''.join(found)}"), "not bold")
     return lines

@@ -27,7 +27,7 @@ def demo(
     task: Annotated[
         Literal["ioi", "capitals", "greater_than", "sentiment"], typer.Option(help="Behaviour to explain.")
     ] = "sentiment",
-    pairs: Annotated[int, typer.Option(min=1, help="How many prompt pairs.")] = 16,
+    pairs: Annotated[int, typer.Option(min=1, max=256, help="How many prompt pairs.")] = 16,
     seed: Annotated[int, typer.Option(help="Random seed for drawing the pairs.")] = 0,
     positions: Annotated[
         str, typer.Option(help="As for rank; by default all labels at which the activations of the two prompts can differ.")
@@ -56,6 +56,7 @@ def demo(
             label for label in drawn[0].labels if any(max(pair.positions(label)) >= pair.first_difference for pair in drawn)
         ]
         asked = of.spans(positions or ",".join(changed))
+        of.check_labels(asked, [(f"pair {number}", pair.labels) for number, pair in enumerate(drawn)])
         study = {"model": shipped.model, "saes": shipped.saes, "pairs": drawn, "positions": asked}
         if out != FOLDER:
             results.check_same({**study, "metric": "logit_diff", "directions": of.ways("both")}, kind="features")

@@ -81,8 +81,13 @@ def verify(
     Example: featpatch verify results/effects.safetensors --model gpt2 --sae my-sae --pairs pairs.jsonl
     """
     with clear_errors():
-        table = fp.Effects.load(effects)
+        table = of.table(effects)
         work = of.study(model, sae or [], pairs, "all", "both", list(table.metrics), device, progress=bars(json=as_json))
+        if work["pairs"].digest() != table.metadata.get("pairs"):
+            raise FeatpatchError(
+                f"--pairs {str(pairs)!r} holds other pairs than those that the table was measured on: expected the same "
+                f"{counted(len(table.clean), 'pair')}; give the file of pairs that was ranked"
+            )
         found = fp.verify(
             table, work["model"], work["pairs"], saes=work["saes"] or None, rows=rows, seed=seed, progress=bars(json=as_json)
         )
@@ -105,7 +110,7 @@ def info(
     with clear_errors():
         from featpatch.reporting.terminal import ranked
 
-        table = fp.Effects.load(effects)
+        table = of.table(effects)
         shown = of.Shown(top, by, threshold)
         table = shown.labelled(table)
         if as_json:
@@ -133,8 +138,8 @@ def report(
     """
     with clear_errors():
         of.check_out(out, ".html")
-        others = None if components is None else fp.Effects.load(components)
-        table = fp.Effects.load(effects)
+        others = None if components is None else of.table(components)
+        table = of.table(effects)
         table = table if threshold is None else table.with_threshold(threshold)
         written = fp.report(table, out, components=others)
         if as_json:
@@ -156,7 +161,15 @@ def compare(
     with clear_errors():
         from featpatch.reporting.terminal import compared
 
-        found = fp.compare(fp.Effects.load(features), fp.Effects.load(components))
+        tables = of.table(features), of.table(components)
+        about = [(table.metadata.get("pairs"), table.metadata.get("model", {}).get("sha256")) for table in tables]
+        for name, noun, one, other in zip(("pairs", "model"), ("pairs", "models"), *about, strict=True):
+            if one != other:
+                raise FeatpatchError(
+                    f"{str(features)!r} and {str(components)!r} were measured on different {noun}: expected the same "
+                    f"--{name} in both; run rank and components again with the same option"
+                )
+        found = fp.compare(*tables)
         if as_json:
             typer.echo(found.table.to_json(orient="records", indent=1))
         else:

@@ -1,6 +1,8 @@
 """Tables of effects, plans, checks and checklists for a terminal."""
 
 import math
+import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from featpatch.comparison.compare import SHOWN, Comparison
+from featpatch.comparison.compare import SHOWN, Comparison, cells
 from featpatch.console import Fitted
 from featpatch.descriptions import Description
 from featpatch.effects.frames import number, sample
@@ -21,7 +23,7 @@ from featpatch.patching.sets import Selection
 from featpatch.ranking.plan import Plan
 from featpatch.ranking.screen import Screen
 from featpatch.selfcheck import Check
-from featpatch.sites import short_dictionary
+from featpatch.sites import WHOLE, short_dictionary
 from featpatch.untrusted import visible
 
 
@@ -120,7 +122,7 @@ def _beside(plan: Plan) -> list[tuple[str, str]]:
     k = min(screen.k, plan.nodes)
     patched = f"{k} + {min(screen.audit, plan.nodes - k)} of" if k < plan.nodes else "all"
     share = f"estimates, then {patched} {counted(plan.nodes, 'feature')}"
-    better = "the full sweep" if plan.seconds <= seconds else "screen=fp.Screen(), with an audit"
+    better = "the full sweep" if plan.seconds <= seconds else "rank --screen, with an audit"
     return [(share, str(timedelta(seconds=math.ceil(seconds)))), ("quicker", better)]
 
 
@@ -169,18 +171,40 @@ def _value(row: Any, effect: str) -> str:
 
 def compared(comparison: Comparison) -> Group:
     """Tabulate the largest components and features of a comparison, with how well they agree on hook points and positions."""
-    agreed = [
-        f"{effect} {number(found.correlation)} over {found.points} hook points and positions"
-        if not found.reason
-        else f"{effect}: none, because {found.reason}"
-        for effect, found in comparison.agreement.items()
-    ]
+    agreed: dict[str, list[str]] = {}
+    for effect, found in comparison.agreement.items():
+        why = (
+            found.reason
+            if len(cells(comparison.table))
+            else f"{found.reason.rpartition('; ')[0]}; {_advice(comparison.features)}"
+        )
+        value = f" {number(found.correlation)} over {found.points} hook points and positions"
+        agreed.setdefault(f": none, because {why}" if found.reason else value, []).append(effect)
+    said = "; ".join(f"{' and '.join(effects)}{what}" for what, effects in agreed.items())
     return Group(
-        f"rank correlation (Spearman) of whole components with the summed features: {'; '.join(agreed)}\n",
+        f"rank correlation (Spearman) of whole components with the summed features: {said}\n",
         ranked(comparison.components.top(SHOWN, kind=None)),
         "",
         ranked(comparison.features.top(SHOWN)),
     )
+
+
+def _advice(features: Effects) -> str:
+    """Return the command that ranks components which can be compared with these features."""
+    names = [name for name, hook in WHOLE.items() if any(node.site.endswith(f".{hook}") for node in features.nodes)]
+    if not names:
+        return (
+            f"run featpatch rank with SAEs at {', '.join(WHOLE)}: only there does featpatch components patch whole activations"
+        )
+    positions = list(dict.fromkeys(node.position for node in features.nodes))
+    quoted = [
+        '"{}"'.format(name.replace('"', '""'))
+        if isinstance(name, str) and not re.fullmatch(r"(?!-?\d+$)[^,\"]+", name)
+        else name
+        for name in positions
+    ]
+    asked = "each" if set(map(type, positions)) == {int} else ",".join(map(str, quoted))
+    return f"run featpatch components with --sites {','.join(names)} --positions {shlex.quote(asked)}"
 
 
 VERDICTS = {

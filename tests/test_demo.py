@@ -336,7 +336,7 @@ def test_plan_and_journal_on_the_command_line(demo: Demo, tmp_path: Path) -> Non
     assert "All 10 candidates" in " ".join(screened.stdout.split()) or "confidence each: at least" in " ".join(
         screened.stdout.split()
     )
-    assert "features" in planned.stdout.split("estimates, then 200 + 100 of")[1]
+    assert re.search(r"estimates, then (all|200 \+ \d+ of) \d+ features", planned.stdout)
     other = run("rank", *options, "--journal", "journal", "--direction", "noising", "--out", "other", folder=tmp_path)
     assert other.returncode == 2
     assert "belongs to another sweep: directions differ" in other.stderr.replace("\n", " ")

@@ -416,8 +416,8 @@ def test_the_demo_command_at_positions_without_a_difference(tmp_path: Path) -> N
         (["--pairs", "missing.jsonl"], "error: --pairs 'missing.jsonl' does not exist"),
         (["--sae", "nowhere"], "error: there is no SAE 'nowhere': expected a folder with cfg.json"),
         (["--model", "nowhere"], "error: the model 'nowhere' can't be loaded"),
-        (["--positions", "S9"], "error: a pair has no label 'S9'"),
-        (["--metric", "vibes"], "error: metric 'vibes' is unknown"),
+        (["--positions", "S9"], "error: --positions S9: "),
+        (["--metric", "vibes"], "error: --metric vibes: expected one of logit_diff"),
     ],
 )
 def test_errors_on_the_command_line_are_one_line(demo: Demo, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -79,6 +79,7 @@ def bars(*, json: bool) -> bool:
 
 PHRASES = {
     r", or a function metric\(.*": "",
+    r"one name or one function; call this once for each metric": "one metric; run the command once for each",
     r", or an object such as fp\.Ray\(\.\.\.\)": "",
     r", or None for a single sample": "; leave it out for a single sample",
     r"give short names and layers=\.\.\., or call this function once per layer": "run the command once per layer",

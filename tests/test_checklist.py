@@ -182,7 +182,7 @@ def test_checking_and_dropping(demo: Demo) -> None:
     assert pairs_of(demo, GOOD).drop(pairs_of(demo, GOOD).check(demo.model)) == pairs[:1]
     with pytest.raises(fp.FeatpatchError, match="the checklist is of 3 pairs and these are 1"):
         pairs[:1].drop(found)
-    with pytest.raises(fp.FeatpatchError, match="all 3 pairs have the verdict"):
+    with pytest.raises(fp.FeatpatchError, match="none of 3 pairs is left without the verdict"):
         pairs.drop(found, ["pass", "warn", "fail"])
 
 
@@ -193,6 +193,9 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines[:count])))
         done = run("check", "--pairs", f"{name}.jsonl", "--model", model, "--out", f"{name}.csv", folder=tmp_path)
         assert done.returncode == code, done.stderr
+        looked = "no pair to look at" if count == 1 else "1 pair to look at\npair 1, fail: "
+        assert done.stdout.startswith(f"{looked}")
+        assert f"at\nchecklist of {count} pair" in done.stdout or count > 1
         assert f"checklist of {count} pair{'s' * (count > 1)}:" in done.stdout
         assert (tmp_path / f"{name}.csv").read_text().count("\n") == 9 * count + 1
 

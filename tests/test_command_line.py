@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import run, started
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from featpatch.cli.app import app
 from featpatch.cli.study import read
 
 SITE = "blocks.3.hook_resid_post"
+METADATA = {"metric": "logit_diff", "directions": ["denoising", "noising"]}
 COMMANDS = (
     "demo",
     "rank",
@@ -115,6 +117,87 @@ def test_tasks(tmp_path: Path) -> None:
         assert message in " ".join(refused.stderr.split())
 
 
+@pytest.mark.parametrize(
+    ("command", "ending"),
+    [
+        (("report", "effects.safetensors"), ".html"),
+        (("tasks", "ioi"), ".jsonl"),
+        (("check", "--model", "nowhere/at-all", "--pairs", "nowhere.jsonl"), ".csv"),
+    ],
+)
+def test_a_file_of_another_format_is_not_replaced(command: tuple[str, ...], ending: str, tmp_path: Path) -> None:
+    """Nothing is read or loaded before; a device may have any name."""
+    (tmp_path / "pairs.txt").write_text("the only copy")
+    for name in ("pairs.txt", "new", "pairs.safetensors"):
+        refused = run(*command, "--out", name, folder=tmp_path)
+        assert refused.returncode == 2
+        assert f"error: --out {name!r}: expected the path of a {ending} file" in " ".join(refused.stderr.split())
+    for name in ("/dev/null", f"new{ending.upper()}"):
+        assert "expected the path of" not in run(*command, "--out", name, folder=tmp_path).stderr
+    assert (tmp_path / "pairs.txt").read_text() == "the only copy"
+
+
+RANK = ("rank", "--sae", "nowhere/at-all")
+STEER = ("steer", "--sae", "nowhere/at-all", "--prompt", "a", "--feature", "1")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ((*RANK, "--positions", "S9"), "--positions S9: 'pairs.jsonl' line 1 has no such label: expected country, end"),
+        ((*RANK, "--positions", "end,only"), "--positions only: 'pairs.jsonl' line 3 has no such label"),
+        (("stream", *RANK[1:], "--positions", "S9"), "--positions S9: 'pairs.jsonl' line 1"),
+        (("components", "--positions", "S9"), "--positions S9: 'pairs.jsonl' line 1"),
+        (("plan", "--positions", "S9"), "--positions S9: 'pairs.jsonl' line 1"),
+        ((*RANK, "--positions", ","), "--positions ',': expected 'all', 'each', or labels and indices"),
+        (("demo", "--pairs", "2", "--positions", "S9"), "--positions S9: pair 0 has no such label: expected end"),
+        ((*RANK, "--metric", "logit_diff,prob"), "--metric logit_diff,prob: expected one of logit_diff"),
+        (("stream", *RANK[1:], "--metric", "a"), "--metric a: expected one of logit_diff"),
+        (
+            (*RANK, "--metric", "prob", "--metric", "sequence_log_prob"),
+            "--metric prob --metric sequence_log_prob: expected each",
+        ),
+        ((*RANK, "--metric", "neg_rank", "--method", "atp"), "expected one of logit_diff"),
+        (
+            (*RANK, "--method", "atp", "--screen"),
+            "an estimate (--method atp) with --screen: expected it only with --method exact",
+        ),
+        ((*RANK, "--screen", "--k=-5"), "--k -5: expected an integer, 1 or more"),
+        ((*RANK, "--screen", "--target", "4"), "--target 4.0: expected a fraction above 0 and at most 1; leave it out"),
+        ((*RANK, "--executor", "threads"), "--executor threads: expected 'serial', 'ray'"),
+        (("components", "--sites", "foo,z"), "--sites foo,z: expected some of resid_pre"),
+        (("components", "--sites", "z,blocks.1.attn.hook_z"), "and nothing else; run the command once per layer"),
+        (("verify", "nowhere"), "expected an effects.safetensors file of rank, components or demo"),
+        (("compare", "c", "c"), "give the file of rank first, then that of components"),
+        (("tasks", "ioi", "--seed", "-1"), "--seed -1: expected an integer, 0 or more"),
+        (
+            ("report", "c", "--out", "/proc/c/c.html"),
+            "(No such file or directory): expected a folder that can be written to; give",
+        ),
+        (("demo", "--pairs", "999"), "'999' should be less than or equal to 256"),
+        (("demo", "--task", "iio"), "Invalid value for '--task': 'iio' is not one of 'ioi'"),
+        ((*STEER, "--dose", "four"), "Invalid value for '--dose': 'four' should be a valid number"),
+        ((*STEER, "--dose", "inf"), "--dose inf: expected a finite number"),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, tuple) else "",
+)
+def test_errors_speak_of_options(command: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    """Nothing of Python is advised, and no model is looked for: there is none of this name."""
+    rows = [{"clean": "a", "corrupted": "b", "correct": "c", "wrong": "d", "labels": {"country": 1, "end": 2}}] * 2
+    rows = [*({**row, "labels": {**row["labels"], "only": 1}} for row in rows), *rows]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    node = fp.Node("blocks.0.attn.hook_z", "head", 0, "end")
+    one = np.ones(1)
+    fp.Effects((node,), one, 0 * one, np.zeros(1, int), np.zeros(1, int), one, one, METADATA).save(tmp_path / "c")
+    needed = {"rank": 2, "stream": 2, "components": 2, "plan": 2, "verify": 2, "steer": 1}.get(command[0], 0)
+    done = run(*command, *("--model", "nowhere/at-all", "--pairs", "pairs.jsonl")[: 2 * needed], folder=tmp_path)
+    message = " ".join(done.stderr.replace("│", " ").split())
+    assert done.returncode == 2
+    assert said in message
+    assert "Value error" not in message
+    assert re.findall(r"fp\.|\w=|\(\.\.\.\)|function|None|\[['{]", message) == []
+
+
 def test_components_features_and_estimates(folder: Path, model: list[str], sae: list[str]) -> None:
     """The same numbers as the library's, as JSON and in files; then set side by side."""
     components = run("components", *model, "--sites", "z,mlp_out", "--json", "--top", "2", folder=folder)
@@ -144,6 +227,23 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     both = run("compare", "full/effects.safetensors", "featpatch-components/effects.safetensors", folder=folder)
     assert both.returncode == 0, both.stderr
     assert "feature" in both.stdout
+    parts = fp.Effects.load(folder / "featpatch-components" / "effects.safetensors")
+    for key, said in (("pairs", "measured on different pairs: expected the same --pairs"), ("model", "on different models")):
+        replace(
+            parts, metadata={**parts.metadata, key: "0" * 64 if key == "pairs" else {"name": "m", "sha256": "0" * 64}}
+        ).save(folder / "other.safetensors")
+        refused = run("compare", "full/effects.safetensors", "other.safetensors", folder=folder)
+        assert (refused.returncode, said in " ".join(refused.stderr.split()), "0" * 64 in refused.stderr) == (2, True, False)
+    for command in (
+        ("info", "full/effects.csv"),
+        ("report", "full/effects.csv"),
+        ("compare", "full", "full"),
+        ("verify", "full"),
+    ):
+        needed = model[:4] if command[0] == "verify" else []
+        refused = run(*command, *needed, folder=folder)
+        assert refused.returncode == 2
+        assert "give 'full/effects.safetensors', which is there" in " ".join(refused.stderr.split())
     cells = run("compare", "full/effects.safetensors", "featpatch-components/effects.safetensors", "--json", folder=folder)
     table = fp.compare(
         *(fp.Effects.load(folder / name / "effects.safetensors") for name in ("full", "featpatch-components"))
@@ -217,8 +317,8 @@ def test_plan_check_and_info(folder: Path, model: list[str], sae: list[str]) -> 
     ]
     assert len(expected) == 5
     assert expected.quadrants() != effects.take(expected.rows_in_whole()).quadrants()
-    for wrong, said in ((("--threshold", "2"), "threshold=2.0: expected a number between 0 and 1"),
-                        (("--by", "recovery", "--direction", "noising"), "by='recovery': expected one of the measured effects")):  # fmt: skip
+    for wrong, said in ((("--threshold", "2"), "--threshold 2.0: expected a number between 0 and 1"),
+                        (("--by", "recovery", "--direction", "noising"), "--by recovery: expected one of the measured effects")):  # fmt: skip
         refused = run("rank", *model, *sae, *wrong, "--out", "refused", folder=folder)
         assert refused.returncode == 2
         assert said in refused.stderr.replace("\n", " ")
@@ -445,7 +545,7 @@ def test_a_study_in_a_file_is_the_command(folder: Path, model: list[str], sae: l
         ("model = 'x'", "command=None"),
         ("command = 'rank'\nmodel = {a = 1}", "model={'a': 1} in 'study.toml': expected the value of an option"),
         ("command = 'rank' =", "can't be read"),
-        (None, "the study 'study.toml' can't be read"),
+        (None, "the study 'study.toml' does not exist: expected a TOML file"),
     ],
 )
 def test_studies_that_cannot_be_run(tmp_path: Path, text: str | None, message: str, monkeypatch: Any) -> None:
@@ -493,13 +593,16 @@ def test_steered_texts_stand_side_by_side(tmp_path: Path) -> None:
             made = demo.model.generate(ids, **given)
         assert text == demo.model.tokenizer.decode(made[0, ids.shape[1] :])
     lines = run("steer", *options, folder=tmp_path).stdout
-    assert lines.index(found["plain"]) < lines.index("-20")
+    assert lines.index("none") < lines.index(found["plain"]) < lines.index("-20")
     (tmp_path / "texts.txt").write_text("We hated the dialogue . The show was not great . The opinion is negative .\n")
     unit = ["--unit", "max", "--reference", "texts.txt"]
     assert run("steer", *options, *unit, folder=tmp_path).returncode == 0
     for wrong, said in (
         (["--reference", "texts.txt"], "expected no reference"),
-        (["--unit", "max", "--reference", "nothing.txt"], "can't be read"),
+        (["--unit", "max", "--reference", "nothing.txt"], "--reference 'nothing.txt' does not exist"),
+        (["--unit", "max", "--reference", "."], "can't be read (Is a directory)"),
+        (["--dose", "nan"], "--dose nan: expected a finite number"),
+        (["--feature", "99999"], "--feature 99999: expected a feature of 0 to 1023"),
     ):
         done = run("steer", *options, *wrong, folder=tmp_path)
         assert done.returncode == 2

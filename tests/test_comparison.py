@@ -1,5 +1,7 @@
 """Features beside components: the joined table by hand, contributions against a plain loop, and the law that shares add up."""
 
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from html import unescape
@@ -14,8 +16,10 @@ from small import FEATURES, WIDTH, Small, small_hooked, standard
 
 import featpatch as fp
 from featpatch import compare
+from featpatch.cli.options import spans
 from featpatch.comparison.writers import Writers
 from featpatch.model.transformer_lens import wrap
+from featpatch.reporting.terminal import compared
 
 PRE, MID, POST = "blocks.1.hook_resid_pre", "blocks.1.hook_resid_mid", "blocks.2.hook_resid_post"
 TOPK, START = "blocks.2.hook_resid_pre", "blocks.0.hook_resid_pre"
@@ -158,8 +162,17 @@ def test_a_missing_rank_correlation_says_why_and_what_to_rank() -> None:
         assert f"features are at {PRE} (S2, end), whole activations of components at {MID} (S2)" in text
         assert advice in text
     assert repr(apart).count(advice) == 1
+    shown = compared(apart).renderables[0]
+    assert shown.count("recovery and degradation: none, because the tables have no hook point and position in common") == 1
+    assert shown.endswith(f"at {MID} (S2); run featpatch components with --sites resid_pre --positions S2,end\n")
+    named = compare(table({fp.Node(POST, "feature", 1, label, "s"): 1 for label in ("3", 'a,"b')}), table(elsewhere))
+    (asked,) = shlex.split(compared(named).renderables[0].partition("--positions ")[2])
+    assert spans(asked) == ["3", 'a,"b']
+    each = compare(table({fp.Node(POST, "feature", 1, index, "s"): 1 for index in (3, 4)}), table(elsewhere))
+    assert compared(each).renderables[0].endswith("--sites resid_post --positions each\n")
     heads = compare(table({fp.Node("blocks.1.attn.hook_z", "feature", 0, 3, "z"): 1}), table(elsewhere))
     assert "rank features of SAEs at resid_pre" in repr(heads)
+    assert "; run featpatch rank with SAEs at resid_pre" in compared(heads).renderables[0]
     places = {fp.Node(PRE, "activation", None, position): 1 for position in ("S2", "end")}
     constant = compare(table(features), table(places))
     assert "effects of the components and of the summed features are the same in all 2 cells" in repr(constant)
@@ -172,6 +185,7 @@ def test_a_missing_rank_correlation_says_why_and_what_to_rank() -> None:
         assert bool(found.agreement["recovery"].reason) == bool(np.isnan(found.agreement["recovery"].correlation))
     fine = compare(*by_hand())
     assert fine.agreement["recovery"].reason == ""
+    assert re.findall(r"(\w+) (\S+) over 2 hook points", compared(fine).renderables[0])
     assert "no Spearman" not in repr(fine)
 
 

@@ -336,7 +336,7 @@ def test_plan_and_journal_on_the_command_line(demo: Demo, tmp_path: Path) -> Non
     assert "All 10 candidates" in " ".join(screened.stdout.split()) or "confidence each: at least" in " ".join(
         screened.stdout.split()
     )
-    assert "features" in planned.stdout.split("estimates, then 200 + 100 of")[1]
+    assert re.search(r"estimates, then (all|200 \+ \d+ of) \d+ features", planned.stdout)
     other = run("rank", *options, "--journal", "journal", "--direction", "noising", "--out", "other", folder=tmp_path)
     assert other.returncode == 2
     assert "belongs to another sweep: directions differ" in other.stderr.replace("\n", " ")
@@ -416,8 +416,8 @@ def test_the_demo_command_at_positions_without_a_difference(tmp_path: Path) -> N
         (["--pairs", "missing.jsonl"], "error: --pairs 'missing.jsonl' does not exist"),
         (["--sae", "nowhere"], "error: there is no SAE 'nowhere': expected a folder with cfg.json"),
         (["--model", "nowhere"], "error: the model 'nowhere' can't be loaded"),
-        (["--positions", "S9"], "error: a pair has no label 'S9'"),
-        (["--metric", "vibes"], "error: metric 'vibes' is unknown"),
+        (["--positions", "S9"], "error: --positions S9: "),
+        (["--metric", "vibes"], "error: --metric vibes: expected one of logit_diff"),
     ],
 )
 def test_errors_on_the_command_line_are_one_line(demo: Demo, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -12,8 +12,11 @@ import featpatch as fp
 from featpatch.console import Fitted, PlainConsole
 from featpatch.descriptions import Description
 from featpatch.effects.frames import number
+from featpatch.pairs.checklist import Checklist, Finding
 from featpatch.patching.sets import Selection
+from featpatch.ranking.plan import Plan
 from featpatch.reporting import terminal
+from featpatch.selfcheck import Check, Fit
 
 HOOKS = ("blocks.0.mlp.hook_in", "blocks.3.hook_resid_post")
 
@@ -78,6 +81,34 @@ def test_a_table_leaves_out_columns_and_then_cuts_off_names() -> None:
     ]
     assert printed(table, 22)[3].startswith("a name of twen…")
     assert printed(table, 22)[3].rstrip().endswith(" 0.25")
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_counts_agree_with_their_nouns(ranked: fp.Effects, number: int) -> None:
+    """One of a thing has no s; intervals are announced where some are shown, and no plan patches more than there is."""
+    title = printed(terminal.ranked(ranked.of_pairs([0]).take(range(number))), 300)[0]
+    assert title == (
+        f"exact effects of {number} node{'s' * (number != 1)}, pooled over 1 pair: 0 is none, 1 is the whole behaviour"
+    )
+    assert ("[95 % interval]" in printed(terminal.ranked(ranked.take(range(number))), 300)[0]) == (number > 0)
+    fit = Fit("blocks.3.hook_resid_post", 0.0, 0.0, 1.0, None, 1.0, "", ())
+    assert printed(terminal.checked(Check("m", "raw", number, (fit,) * number)))[0].startswith(
+        f"self-check on {number} position{'s' * (number != 1)};"
+    )
+    clean = [Finding(pair, "difference", "fail", "same") for pair in range(number)]
+    found = printed(terminal.by_pair(Checklist(tuple(clean), (1.0,) * number, (0.0,) * number), "prompt {}".format))
+    assert found == [
+        f"{number or 'no'} pair{'s' * (number > 1)} to look at",
+        *(line for pair in range(number) for line in (f"pair {pair}, fail: prompt {pair}", "  difference: same")),
+    ]
+    plan = Plan(1, 1, 1, 1, 1, 1.0, True, nodes=number, estimate_seconds=1.0, counted=2, pairs=2)
+    assert f"estimates, then all {number} feature{'s' * (number != 1)} " in "\n".join(printed(terminal.planned(plan)))
+
+
+def test_a_plan_patches_no_more_features_than_there_are() -> None:
+    plan = Plan(1, 1, 1, 1, 1, 1.0, True, nodes=250, estimate_seconds=1.0, counted=2, pairs=2)
+    for nodes, said in ((250, "200 + 50 of 250 features"), (200, "all 200 features"), (1000, "200 + 100 of 1,000 features")):
+        assert f"estimates, then {said}" in "\n".join(printed(terminal.planned(replace(plan, nodes=nodes))))
 
 
 def test_output_that_goes_to_no_terminal_is_100_columns_wide(capsys: pytest.CaptureFixture[str]) -> None:

@@ -229,21 +229,24 @@ STUDY = ["--model", "./no-such-model", "--sae", "./no-such-sae", "--pairs", "p.j
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["rank", *STUDY, "--method", "atp", "--screen"], "with screen: expected it only with method='exact'"),
-        (["rank", *STUDY, "--method", "atp", "--journal", "j"], "with journal: expected it only with method='exact'"),
-        (["rank", *STUDY, "--method", "atp", "--metric", "prob", "--metric", "log_prob"], "expected one name or one function"),
+        (["rank", *STUDY, "--method", "atp", "--screen"], "with --screen: expected it only with --method exact"),
+        (["rank", *STUDY, "--method", "atp", "--journal", "j"], "with --journal: expected it only with --method exact"),
+        (
+            ["rank", *STUDY, "--method", "atp", "--metric", "prob", "--metric", "log_prob"],
+            "--metric prob --metric log_prob: expected one metric; run",
+        ),
         (["rank", *STUDY, "--method", "ig", "--metric", "accuracy"], "not supported for estimates"),
         (["rank", *STUDY, "--screen", "--metric", "accuracy"], "not supported for estimates"),
         (["rank", *STUDY, "--method", "atp", "--metric", "neg_kl"], "zero at the clean run"),
-        (["rank", *STUDY, "--screen", "--k", "0"], "k=0: expected an integer, 1 or more"),
-        (["rank", *STUDY, "--metric", "magic"], "metric 'magic' is unknown"),
+        (["rank", *STUDY, "--screen", "--k", "0"], "--k 0: expected an integer, 1 or more"),
+        (["rank", *STUDY, "--metric", "magic"], "--metric magic: expected one of"),
         (["rank", *STUDY, "--positions", '"a'], "expected a comma or the end of the text"),
         (["rank", *STUDY[:-1], "none.jsonl"], "none.jsonl' does not exist"),
-        (["stream", *STUDY, "--metric", "magic"], "metric 'magic' is unknown"),
+        (["stream", *STUDY, "--metric", "magic"], "--metric magic: expected one of"),
         (["check", *STUDY[:-1], "none.jsonl"], "none.jsonl' does not exist"),
-        (["components", *STUDY[:2], *STUDY[4:], "--sites", "zz"], "sites=['zz']: expected some of"),
+        (["components", *STUDY[:2], *STUDY[4:], "--sites", "zz"], "--sites zz: expected some of"),
         (["plan", *STUDY, "--sites", "z"], "--sites with --sae"),
-        (["plan", *STUDY, "--metric", "magic"], "metric 'magic' is unknown"),
+        (["plan", *STUDY, "--metric", "magic"], "--metric magic: expected one of"),
     ],
 )
 def test_before_a_model_is_loaded(tmp_path: Path, command: list[str], said: str) -> None:

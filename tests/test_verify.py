@@ -87,3 +87,10 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     forged = run("verify", "r/forged.safetensors", *given, "--json", folder=tmp_path)
     assert forged.returncode == 1
     assert '"ok": false' in forged.stdout
+    (tmp_path / "one.jsonl").write_text(lines[0])
+    other = run("verify", "r/effects.safetensors", *given[:-1], "one.jsonl", folder=tmp_path)
+    assert other.returncode == 2
+    assert (
+        "--pairs 'one.jsonl' holds other pairs than those that the table was measured on: expected the same 2 pairs"
+        in " ".join(other.stderr.split())
+    )

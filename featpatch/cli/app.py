@@ -3,9 +3,13 @@
 Exit codes are 0 for success, 1 for a failed check, 2 for bad input and 130 for an interruption.
 """
 
+import re
+import shlex
 import sys
+from ast import literal_eval
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, cast
 
 import typer
@@ -20,7 +24,7 @@ PANELS = START, RANK, INSPECT, SCALE = "Start here", "Rank", "Inspect", "Scale"
 
 
 class Program(TyperGroup):
-    """The group of all commands, which escapes control characters in Typer's own error messages too."""
+    """The group of all commands, which rewords Typer's own error messages and escapes control characters in them."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of all commands, group by group."""
@@ -39,12 +43,17 @@ class Program(TyperGroup):
 
 @contextmanager
 def _visible_errors() -> Iterator[None]:
-    """Escape control characters in the messages of Typer's exceptions that are raised within the context."""
+    """Escape control characters in the messages of Typer's exceptions, and name the value that pydantic refused."""
     try:
         yield
     except Exception as error:
         if hasattr(error, "format_message"):
-            message = visible(error.format_message())
+            message = error.format_message().replace("Value error, ", "")
+            refused: Any = error.__cause__
+            if hasattr(refused, "errors"):
+                value = repr(refused.errors()[0]["input"])
+                message = re.sub(r", unable to parse .*", "", message).replace("Input should be", f"{value} should be")
+            message = visible(message)
             error.format_message = lambda: message
         raise
 
@@ -68,14 +77,63 @@ def bars(*, json: bool) -> bool:
     return not json and sys.stderr.isatty()
 
 
+PHRASES = {
+    r", or a function metric\(.*": "",
+    r"one name or one function; call this once for each metric": "one metric; run the command once for each",
+    r", or an object such as fp\.Ray\(\.\.\.\)": "",
+    r", or None for a single sample": "; leave it out for a single sample",
+    r"give short names and layers=\.\.\., or call this function once per layer": "run the command once per layer",
+    r"a file written by Effects\.save": "an effects.safetensors file of rank, components or demo",
+    r"pass them with saes=, or --sae for each": "pass each with --sae",
+    r"call compare\(rank_features\(\.\.\.\), rank_components\(\.\.\.\)\)": "give the file of rank first, "
+    "then that of components",
+    r"values: '[^']* feature (\d+) @ all'": r"--feature \1",
+    r"\) with (screen|journal|executor): ": r") with --\1: ",
+    r"(can't be written \((?!No space left).*?\)): expected a folder with write permission and free disk space; an existing "
+    r"file is left unchanged; free some space, or": r"\1: expected a folder that can be written to;",
+}
+"""Patterns of parts of the library's messages that advise on Python, each with what to say on the command line."""
+
+ARGUMENT = re.compile(r"(?<![\w'\"/.=-])([a-z_]+)=('[^']*'|\[[^\]]*\]|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b)")
+"""An argument of Python with its value, as messages of the library quote it."""
+
+NAMES = {"saes": "sae", "directions": "direction"}
+"""The options whose names differ from those of the library's arguments, by the latter."""
+
+
+def in_options(message: str) -> str:
+    """Return a message of the library in terms of the command line: `k=-5: ...` becomes `--k -5: ...`."""
+    options = {name: str(of.annotation) for info in app.registered_commands if info.callback
+               for name, of in signature(info.callback).parameters.items()}  # fmt: skip
+
+    def as_option(found: re.Match[str]) -> str:
+        name, text = NAMES.get(found[1], found[1]), found[2]
+        try:
+            value = literal_eval(text) if name in options else None
+        except (ValueError, SyntaxError):
+            value = None
+        if value is None:
+            return found[0]
+        several = [*map(str, value)] if isinstance(value, list) else [value if isinstance(value, str) else text]
+        given = several if "list[" in options[name] else [",".join(several)]
+        return " ".join(f"--{name} {shlex.quote(one)}" for one in given)
+
+    for python, here in PHRASES.items():
+        message = re.sub(python, here, message, flags=re.DOTALL)
+    return ARGUMENT.sub(as_option, message)
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn a FeatpatchError within the context into one line and exit code 2, and an interruption into exit code 130."""
+    """Turn a FeatpatchError within the context into one line and exit code 2, and an interruption into exit code 130.
+
+    The line speaks of options where the error of the library speaks of arguments.
+    """
     try:
         yield
     except KeyboardInterrupt as error:
         PlainConsole(stderr=True).print("interrupted", style="yellow")
         raise typer.Exit(INTERRUPTED) from error
     except FeatpatchError as error:
-        PlainConsole(stderr=True).print(f"error: {error}", style="red", highlight=False)
+        PlainConsole(stderr=True).print(f"error: {in_options(str(error))}", style="red", highlight=False)
         raise typer.Exit(2) from error

@@ -10,6 +10,7 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import START, app, bars, clear_errors, console
 from featpatch.cli.output import Output, show
+from featpatch.errors import counted
 
 FOLDER = Path("featpatch-demo")
 """The default folder for the results, where the results of an earlier demo are always replaced."""
@@ -26,7 +27,7 @@ def demo(
     task: Annotated[
         Literal["ioi", "capitals", "greater_than", "sentiment"], typer.Option(help="Behaviour to explain.")
     ] = "sentiment",
-    pairs: Annotated[int, typer.Option(min=1, help="How many prompt pairs.")] = 16,
+    pairs: Annotated[int, typer.Option(min=1, max=256, help="How many prompt pairs.")] = 16,
     seed: Annotated[int, typer.Option(help="Random seed for drawing the pairs.")] = 0,
     positions: Annotated[
         str, typer.Option(help="As for rank; by default all labels at which the activations of the two prompts can differ.")
@@ -42,7 +43,7 @@ def demo(
     with clear_errors():
         results = Output.open(out)
         screen = console(json=as_json)
-        screen.print(f"loading the demo model and its SAEs, drawing {pairs} pairs of {task} (seed {seed})")
+        screen.print(f"loading the demo model and its SAEs, drawing {counted(pairs, 'pair')} of {task} (seed {seed})")
         shipped = fp.load_demo(progress=bars(json=as_json))
         drawn = shipped.pairs(task, n=pairs, seed=seed)
         decode = shipped.model.tokenizer.decode
@@ -55,6 +56,7 @@ def demo(
             label for label in drawn[0].labels if any(max(pair.positions(label)) >= pair.first_difference for pair in drawn)
         ]
         asked = of.spans(positions or ",".join(changed))
+        of.check_labels(asked, [(f"pair {number}", pair.labels) for number, pair in enumerate(drawn)])
         study = {"model": shipped.model, "saes": shipped.saes, "pairs": drawn, "positions": asked}
         if out != FOLDER:
             results.check_same({**study, "metric": "logit_diff", "directions": of.ways("both")}, kind="features")

@@ -13,7 +13,7 @@ from featpatch.cli import options as of
 from featpatch.cli.app import INSPECT, START, app, bars, clear_errors, console
 from featpatch.cli.output import in_json
 from featpatch.errors import FeatpatchError, counted, listed
-from featpatch.files import check_writable, write_csv
+from featpatch.files import write_csv
 
 
 @app.command(rich_help_panel=START)
@@ -40,7 +40,7 @@ def check(
     """
     with clear_errors():
         if out is not None:
-            check_writable(out)
+            of.check_out(out, ".csv")
         from featpatch.reporting.terminal import by_pair, checked, totals
 
         of.checked(pairs, "all", "both", [metric])
@@ -81,8 +81,13 @@ def verify(
     Example: featpatch verify results/effects.safetensors --model gpt2 --sae my-sae --pairs pairs.jsonl
     """
     with clear_errors():
-        table = fp.Effects.load(effects)
+        table = of.table(effects)
         work = of.study(model, sae or [], pairs, "all", "both", list(table.metrics), device, progress=bars(json=as_json))
+        if work["pairs"].digest() != table.metadata.get("pairs"):
+            raise FeatpatchError(
+                f"--pairs {str(pairs)!r} holds other pairs than those that the table was measured on: expected the same "
+                f"{counted(len(table.clean), 'pair')}; give the file of pairs that was ranked"
+            )
         found = fp.verify(
             table, work["model"], work["pairs"], saes=work["saes"] or None, rows=rows, seed=seed, progress=bars(json=as_json)
         )
@@ -105,7 +110,7 @@ def info(
     with clear_errors():
         from featpatch.reporting.terminal import ranked
 
-        table = fp.Effects.load(effects)
+        table = of.table(effects)
         shown = of.Shown(top, by, threshold)
         table = shown.labelled(table)
         if as_json:
@@ -132,9 +137,9 @@ def report(
     Example: featpatch report featpatch-out/effects.safetensors --out report.html
     """
     with clear_errors():
-        check_writable(out)
-        others = None if components is None else fp.Effects.load(components)
-        table = fp.Effects.load(effects)
+        of.check_out(out, ".html")
+        others = None if components is None else of.table(components)
+        table = of.table(effects)
         table = table if threshold is None else table.with_threshold(threshold)
         written = fp.report(table, out, components=others)
         if as_json:
@@ -156,7 +161,15 @@ def compare(
     with clear_errors():
         from featpatch.reporting.terminal import compared
 
-        found = fp.compare(fp.Effects.load(features), fp.Effects.load(components))
+        tables = of.table(features), of.table(components)
+        about = [(table.metadata.get("pairs"), table.metadata.get("model", {}).get("sha256")) for table in tables]
+        for name, noun, one, other in zip(("pairs", "model"), ("pairs", "models"), *about, strict=True):
+            if one != other:
+                raise FeatpatchError(
+                    f"{str(features)!r} and {str(components)!r} were measured on different {noun}: expected the same "
+                    f"--{name} in both; run rank and components again with the same option"
+                )
+        found = fp.compare(*tables)
         if as_json:
             typer.echo(found.table.to_json(orient="records", indent=1))
         else:
@@ -203,7 +216,7 @@ def tasks(
         if task not in fp.tasks.TASKS:
             raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(fp.tasks.TASKS)}")
         if out is not None:
-            check_writable(out)
+            of.check_out(out, ".jsonl")
         progress = bars(json=as_json)
         loaded = (fp.load_demo(progress=progress) if model is None else fp.load(model, check=False, progress=progress)).model
         drawn = fp.tasks.TASKS[task](loaded, 5 if n is None else n, seed=seed or 0)

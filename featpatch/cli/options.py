@@ -1,6 +1,7 @@
 """Options that several commands share, and their conversion to arguments of the library."""
 
 import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 
 import featpatch as fp
 from featpatch.errors import FeatpatchError
-from featpatch.files import as_path
+from featpatch.files import as_path, check_writable
 
 EffectsFile = Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")]
 Out = Annotated[Path, typer.Option(help="Folder for effects.safetensors, effects.csv and report.html.")]
@@ -64,6 +65,8 @@ MetricNames = Annotated[
 ]
 DIGITS = 19
 """From this many digits a number can't be a position, and Python may refuse to convert it."""
+BLOCK = 1000
+"""The number of lines of a file of pairs that are read at a time to check their labels."""
 LOGIT_DIFF = ["logit_diff"]
 Method = Annotated[
     Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop", "relp", "relp_qk", "gim"],
@@ -140,17 +143,97 @@ def study(
 
 
 def checked(pairs: Path, positions: str, direction: str, metric: list[str]) -> dict[str, Any]:
-    """Return the arguments that need no model, after checking them and that the file of pairs exists.
+    """Return the arguments that need no model, after checking them and that the file of pairs exists and has the labels.
 
     Raises:
-        FeatpatchError: there is no such file, or an option is unusable.
+        FeatpatchError: there is no such file, it lacks a label, or an option is unusable.
     """
     from featpatch.patching.runs import readout
 
+    asked = {"positions": spans(positions), "directions": ways(direction), "metric": metrics(metric)}
     if not as_path(pairs).exists():
         raise FeatpatchError(f"--pairs {str(pairs)!r} does not exist: expected a JSON Lines file of pairs; check the path")
-    readout(metric)
-    return {"positions": spans(positions), "directions": ways(direction), "metric": metric}
+    readout(asked["metric"])
+    check_labels(asked["positions"], _labels(pairs))
+    return asked
+
+
+def metrics(names: list[str]) -> list[str]:
+    """Return the values of --metric, each once.
+
+    Raises:
+        FeatpatchError: there is no metric of such a name.
+    """
+    from featpatch.metrics import MEASURES, SEQUENCES
+
+    every = (*MEASURES, *SEQUENCES)
+    if unknown := [name for name in names if name not in every]:
+        raise FeatpatchError(f"--metric {unknown[0]}: expected one of {', '.join(every)}; repeat --metric for several")
+    return list(dict.fromkeys(names))
+
+
+def check_labels(positions: str | list[int | str], labelled: Iterable[tuple[str, Collection[str]]]) -> None:
+    """Check before a model is loaded that each pair has the labels that --positions names.
+
+    Args:
+        positions: the result of `spans`.
+        labelled: the name of each pair for the error, with its labels; only the first is read if no label is named.
+
+    Raises:
+        FeatpatchError: a pair lacks a label.
+    """
+    wanted = [] if isinstance(positions, str) else [name for name in positions if isinstance(name, str) and name != "all"]
+    for where, labels in labelled:
+        if missing := [name for name in wanted if name not in labels]:
+            known = f"{', '.join(sorted(labels))} or " if labels else ""
+            raise FeatpatchError(
+                f"--positions {missing[0]}: {where} has no such label: expected {known}a token index, such as -1 for the last "
+                "token; correct the option, or add the label to the pairs"
+            )
+        if not wanted:
+            return
+
+
+def _labels(pairs: Path) -> Iterator[tuple[str, Collection[str]]]:
+    """Yield the place of each pair in a file and its labels; whoever makes the pairs refuses labels of another type."""
+    from featpatch.pairs.fields import NEEDED
+    from featpatch.pairs.files import json_lines_in_blocks
+
+    for block in json_lines_in_blocks(pairs, NEEDED, BLOCK):
+        for where, row in zip(block.where, block.values, strict=True):
+            fields = [row.get(name, {}) for name in ("labels", "spans")]
+            yield where, {label for field in fields if isinstance(field, Mapping) for label in field}
+
+
+def table(path: Path) -> "fp.Effects":
+    """Read a table of effects.
+
+    Raises:
+        FeatpatchError: the file is missing, damaged, or another one than effects.safetensors, which may be beside it.
+    """
+    folder = path if as_path(path).is_dir() else path.parent
+    if path.suffix != ".safetensors" and (beside := folder / "effects.safetensors").is_file():
+        raise FeatpatchError(
+            f"{str(path)!r} is not a table of effects: expected an effects.safetensors file; give {str(beside)!r}, "
+            "which is there"
+        )
+    return fp.Effects.load(path)
+
+
+def check_out(out: Path, ending: str) -> None:
+    """Check before any work that a file of one format can be written; a device or a pipe may have any name.
+
+    Args:
+        out: the value of --out.
+        ending: the ending of file names of this format, with its dot.
+
+    Raises:
+        FeatpatchError: the file has another ending, so that it may be an input that would be replaced, or can't be written.
+    """
+    path = as_path(out)
+    if out.suffix.lower() != ending and (path.is_file() or not path.exists()):
+        raise FeatpatchError(f"--out {str(out)!r}: expected the path of a {ending} file; give a name that ends with {ending}")
+    check_writable(out)
 
 
 def components(sites: str, positions: str) -> dict[str, Any]:
@@ -166,9 +249,10 @@ def check_methods(method: str, screen: "fp.Screen | None", metric: list[str], di
     """Raise a FeatpatchError unless the method of estimation, or that of a screen, fits the options that it is used with."""
     from featpatch.ranking.rank import check_estimation
 
-    check_estimation(method, metric, ways(direction), options)
+    names = metrics(metric)
+    check_estimation(method, names, ways(direction), options)
     for each in () if screen is None else screen.methods:
-        check_estimation(each, metric[:1], ways(direction), {})
+        check_estimation(each, names[:1], ways(direction), {})
 
 
 def ways(direction: str) -> Any:
@@ -208,6 +292,8 @@ def spans(text: str) -> str | list[int | str]:
         if quoted or plain:
             number = integer(plain)
             found.append(quoted.replace('""', '"') or (plain if number is None else number))
+    if not found:
+        raise FeatpatchError(f"--positions {text!r}: expected 'all', 'each', or labels and indices such as S2,end,3")
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import INSPECT, app, bars, clear_errors, console
 from featpatch.errors import FeatpatchError
+from featpatch.files import as_path
 from featpatch.untrusted import visible
 
 
@@ -43,7 +45,8 @@ def steer(
     Example: featpatch steer --model gpt2 --sae my-sae --feature 433 --dose 4 --unit mean --prompt "Once upon a time"
     """
     with clear_errors():
-        loaded, saes = fp.load(model, [sae], device=device, check=False, progress=bars(json=as_json))
+        if strange := [number for number in dose if not isfinite(number)]:
+            raise FeatpatchError(f"--dose {strange[0]}: expected a finite number; give another dose")
         texts = None
         if unit != "raw":
             texts = prompt if reference is None else _lines(reference)
@@ -51,6 +54,7 @@ def steer(
             raise FeatpatchError(
                 "--reference with --unit raw: expected no reference, because raw numbers need none; leave it out"
             )
+        loaded, saes = fp.load(model, [sae], device=device, check=False, progress=bars(json=as_json))
         options: dict[str, Any] = {
             "saes": saes, "how": how, "unit": unit, "reference": texts, "positions": positions
         }  # fmt: skip
@@ -71,7 +75,7 @@ def steer(
             return
         for row in rows:
             table = Table("dose", "text", title=visible(f"{row['prompt']} ..."), title_justify="left")
-            table.add_row("", visible(str(row["plain"])))
+            table.add_row("none", visible(str(row["plain"])))
             for found in row["steered"]:
                 table.add_row(f"{found['dose']:g}", visible(found["text"]))
             console().print(table, highlight=False)
@@ -91,12 +95,19 @@ def _lines(path: Path) -> list[str]:
     """Return the lines of a text file that are not empty.
 
     Raises:
-        FeatpatchError: the file can't be read or has none.
+        FeatpatchError: the file is missing, can't be read or has none.
     """
+    if not as_path(path).exists():
+        raise FeatpatchError(
+            f"--reference {str(path)!r} does not exist: expected a text file with a document per line; check the path"
+        )
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise FeatpatchError(f"{str(path)!r} can't be read ({error}): expected a text file with a document per line") from error
+        reason = getattr(error, "strerror", None) or error
+        raise FeatpatchError(
+            f"--reference {str(path)!r} can't be read ({reason}): expected a text file with a document per line"
+        ) from error
     if not lines:
-        raise FeatpatchError(f"{str(path)!r} is empty: expected a document per line")
+        raise FeatpatchError(f"--reference {str(path)!r} is empty: expected a document per line")
     return lines

@@ -9,6 +9,7 @@ import typer
 
 from featpatch.cli.app import SCALE, app, clear_errors
 from featpatch.errors import FeatpatchError
+from featpatch.files import as_path
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,8 +38,10 @@ def read(study: Path) -> list[str]:
     """Convert a study file to the arguments of a command line.
 
     Raises:
-        FeatpatchError: the file can't be read, is not TOML or names no command, or a value can't be an option.
+        FeatpatchError: the file is missing or can't be read, is not TOML or names no command, or a value can't be an option.
     """
+    if not as_path(study).exists():
+        raise FeatpatchError(f"the study {str(study)!r} does not exist: expected a TOML file; check the path")
     try:
         content: dict[str, Any] = tomllib.loads(study.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

@@ -226,7 +226,8 @@ def _difference(pair: Pair, tokenizer: Any) -> Outcome:
     changed = differing(pair)
     words = [tuple(_word(ids[p], tokenizer) for ids in (pair.clean, pair.corrupted)) for p in changed[:MANY]]
     shown = ", ".join(f"{p}: {one} -> {other}" for p, (one, other) in zip(changed, words, strict=False))
-    detail = f"{len(changed)} of {len(pair)} tokens differ{f' ({shown})' if changed else ''}"
+    differ = "differs" if len(changed) == 1 else "differ"
+    detail = f"{len(changed)} of {counted(len(pair), 'token')} {differ}{f' ({shown})' if changed else ''}"
     if not changed:
         return "fail", detail
     return ("pass" if len(changed) <= MANY else "warn"), detail
@@ -237,7 +238,7 @@ def _kind(pair: Pair, tokenizer: Any) -> Outcome:
         return "pass", "not checked, because there is no tokenizer"
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown in (*pair.clean, *pair.corrupted):
-        return "warn", f"{(*pair.clean, *pair.corrupted).count(unknown)} of the tokens are unknown to the tokenizer"
+        return "warn", f"{counted((*pair.clean, *pair.corrupted).count(unknown), 'token')} unknown to the tokenizer"
     for p in differing(pair):
         kinds = [_kind_of(tokenizer, ids[p]) for ids in (pair.clean, pair.corrupted)]
         if kinds[0] != kinds[1]:
@@ -343,8 +344,8 @@ def without(pairs: Sequence[Pair], found: Checklist, dropped: str | Sequence[str
     check_kinds(Checklist, found=found)
     if len(found.clean) != len(pairs):
         raise FeatpatchError(
-            f"the checklist is of {len(found.clean)} pairs and these are {len(pairs)}: expected a checklist of these pairs; "
-            "call check on them"
+            f"the checklist is of {counted(len(found.clean), 'pair')} and these are {len(pairs)}: expected a checklist of "
+            "these pairs; call check on them"
         )
     check_kinds((str, Sequence), verdicts=dropped)
     names = [dropped] if isinstance(dropped, str) else list(dropped)
@@ -354,7 +355,8 @@ def without(pairs: Sequence[Pair], found: Checklist, dropped: str | Sequence[str
     left = tuple(pair for pair, verdict in zip(pairs, found.verdicts(), strict=True) if verdict not in names)
     if not left:
         raise FeatpatchError(
-            f"all {len(pairs)} pairs have the verdict {dropped!r}: expected some pairs to keep; look at the findings"
+            f"none of {counted(len(pairs), 'pair')} is left without the verdict {dropped!r}: expected some pairs to "
+            "keep; look at the findings"
         )
     return left
 

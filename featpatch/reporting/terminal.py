@@ -1,6 +1,8 @@
 """Tables of effects, plans, checks and checklists for a terminal."""
 
 import math
+import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from featpatch.comparison.compare import SHOWN, Comparison
+from featpatch.comparison.compare import SHOWN, Comparison, cells
 from featpatch.console import Fitted
 from featpatch.descriptions import Description
 from featpatch.effects.frames import number, sample
@@ -21,7 +23,7 @@ from featpatch.patching.sets import Selection
 from featpatch.ranking.plan import Plan
 from featpatch.ranking.screen import Screen
 from featpatch.selfcheck import Check
-from featpatch.sites import short_dictionary
+from featpatch.sites import WHOLE, short_dictionary
 from featpatch.untrusted import visible
 
 
@@ -54,8 +56,9 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
         columns["pairs"] = [f"{row['changed_pairs']}/{row['pairs']}" for _, row in table.iterrows()]
         columns[changed] = [_value(row, own) for _, row in table.iterrows()]
         legend |= {"pairs": "those in which the node differs between the runs", changed: "over these pairs only"}
+    intervals = " [95 % interval]" * any("[" in cell for header in numbers for cell in columns[header])
     return Fitted(
-        f"{effects.value} effects of {counted(len(effects), 'node')}, pooled over {sample(effects)}{scale} [95 % interval]",
+        f"{effects.value} effects of {counted(len(effects), 'node')}, pooled over {sample(effects)}{scale}{intervals}",
         columns,
         numbers=[*numbers, "pairs", changed],
         spare=[header for header in (changed, *list(numbers)[:0:-1], "pairs") if header in columns and header not in first],
@@ -116,8 +119,10 @@ def _beside(plan: Plan) -> list[tuple[str, str]]:
     seconds = plan.screened_seconds(screen.k, screen.audit)
     if seconds is None:
         return [("screened sweep", "not possible: the metric has no gradient")]
-    share = f"estimates, then {screen.k} + {screen.audit} of {plan.nodes:,} features"
-    better = "the full sweep" if plan.seconds <= seconds else "screen=fp.Screen(), with an audit"
+    k = min(screen.k, plan.nodes)
+    patched = f"{k} + {min(screen.audit, plan.nodes - k)} of" if k < plan.nodes else "all"
+    share = f"estimates, then {patched} {counted(plan.nodes, 'feature')}"
+    better = "the full sweep" if plan.seconds <= seconds else "rank --screen, with an audit"
     return [(share, str(timedelta(seconds=math.ceil(seconds)))), ("quicker", better)]
 
 
@@ -132,7 +137,7 @@ def checked(check: Check) -> Fitted:
         "L0": [f"{fit.l0:.1f}" for fit in fits],
     }
     return Fitted(
-        f"self-check on {check.positions} positions; model {check.model}, weights {check.weights}",
+        f"self-check on {counted(check.positions, 'position')}; model {check.model}, weights {check.weights}",
         {
             "dictionary": [short_dictionary(fit.dictionary) for fit in fits],
             **numbers,
@@ -166,18 +171,40 @@ def _value(row: Any, effect: str) -> str:
 
 def compared(comparison: Comparison) -> Group:
     """Tabulate the largest components and features of a comparison, with how well they agree on hook points and positions."""
-    agreed = [
-        f"{effect} {number(found.correlation)} over {found.points} hook points and positions"
-        if not found.reason
-        else f"{effect}: none, because {found.reason}"
-        for effect, found in comparison.agreement.items()
-    ]
+    agreed: dict[str, list[str]] = {}
+    for effect, found in comparison.agreement.items():
+        why = (
+            found.reason
+            if len(cells(comparison.table))
+            else f"{found.reason.rpartition('; ')[0]}; {_advice(comparison.features)}"
+        )
+        value = f" {number(found.correlation)} over {found.points} hook points and positions"
+        agreed.setdefault(f": none, because {why}" if found.reason else value, []).append(effect)
+    said = "; ".join(f"{' and '.join(effects)}{what}" for what, effects in agreed.items())
     return Group(
-        f"rank correlation (Spearman) of whole components with the summed features: {'; '.join(agreed)}\n",
+        f"rank correlation (Spearman) of whole components with the summed features: {said}\n",
         ranked(comparison.components.top(SHOWN, kind=None)),
         "",
         ranked(comparison.features.top(SHOWN)),
     )
+
+
+def _advice(features: Effects) -> str:
+    """Return the command that ranks components which can be compared with these features."""
+    names = [name for name, hook in WHOLE.items() if any(node.site.endswith(f".{hook}") for node in features.nodes)]
+    if not names:
+        return (
+            f"run featpatch rank with SAEs at {', '.join(WHOLE)}: only there does featpatch components patch whole activations"
+        )
+    positions = list(dict.fromkeys(node.position for node in features.nodes))
+    quoted = [
+        '"{}"'.format(name.replace('"', '""'))
+        if isinstance(name, str) and not re.fullmatch(r"(?!-?\d+$)[^,\"]+", name)
+        else name
+        for name in positions
+    ]
+    asked = "each" if set(map(type, positions)) == {int} else ",".join(map(str, quoted))
+    return f"run featpatch components with --sites {','.join(names)} --positions {shlex.quote(asked)}"
 
 
 VERDICTS = {
@@ -268,9 +295,10 @@ def by_pair(check: Checklist, text: Callable[[int], str], most: int = 12) -> Tex
     """
     verdicts = check.verdicts()
     worst = sorted((p for p, verdict in enumerate(verdicts) if verdict != "pass"), key=lambda p: -SEVERITY[verdicts[p]])
-    lines = Text(f"{counted(len(worst), 'pair')} to look at{f', the first {most}' * (len(worst) > most)}\n", "bold")
+    said = counted(len(worst), "pair") if worst else "no pair"
+    lines = Text(f"{said} to look at{f', the first {most}' * (len(worst) > most)}", "bold")
     for pair in worst[:most]:
-        found = [f"  {f.rule}: {f.detail}\n" for f in check.findings if f.pair == pair and f.status != "pass"]
-        lines.append(f"pair {pair}, {verdicts[pair]}", COLOURS[verdicts[pair]])
-        lines.append(visible(f": {text(pair)}\n{''.join(found)}"), "not bold")
+        found = [f"\n  {f.rule}: {f.detail}" for f in check.findings if f.pair == pair and f.status != "pass"]
+        lines.append(f"\npair {pair}, {verdicts[pair]}", COLOURS[verdicts[pair]])
+        lines.append(visible(f": {text(pair)}{''.join(found)}"), "not bold")
     return lines

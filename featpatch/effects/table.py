@@ -18,7 +18,7 @@ from featpatch.effects.plots import Plots
 from featpatch.effects.selection import WHERE_CHANGED, By, least_to_sort, measured_effect, sorting
 from featpatch.effects.statistics import check_threshold, quadrant_labels
 from featpatch.errors import FeatpatchError, check_choices, check_numbers, counted
-from featpatch.files import as_path
+from featpatch.files import as_path, path_to_write
 from featpatch.frame import ROWS, Frame, text
 from featpatch.nodes import EFFECTS, KINDS, Effect, Node, Position
 
@@ -348,17 +348,20 @@ class Effects(Measured):
         """Write the table to a safetensors file, with metadata as JSON in its header.
 
         Args:
-            path: the file; an existing one is replaced.
+            path: the file, whose name ends in `.safetensors`; an existing one is replaced.
 
         Returns:
             The path.
+
+        Raises:
+            FeatpatchError: the path has another ending or can't be written to, or the table could not be loaded again.
 
         Examples:
             >>> path = effects.save(folder / "ioi.safetensors")
             >>> len(fp.Effects.load(path)) == len(effects)
             True
         """
-        return storage.save(self, as_path(path))
+        return storage.save(self, path_to_write(path, ".safetensors"))
 
     @classmethod
     def load(cls, path: str | Path) -> "Effects":

@@ -71,6 +71,14 @@ def check_choices(known: Sequence[str], /, **given: object) -> None:
             raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(known)}")
 
 
+def check_fractions(**given: object) -> None:
+    """Raise a FeatpatchError unless each argument is a number above 0 and at most 1; a percentage is not."""
+    for name, value in given.items():
+        if not is_number(value) or not 0 < value <= 1:
+            percent = f"; for {value} %, write {name}={value / 100:g}" if is_number(value) and 1 < value <= 100 else ""
+            raise FeatpatchError(f"{name}={value!r}: expected a fraction above 0, up to 1, such as 0.8{percent}")
+
+
 def check_kinds(kind: type | tuple[type, ...], /, **given: object) -> None:
     """Raise a FeatpatchError unless each argument is an instance of a class, or of one of several."""
     for name, value in given.items():

@@ -246,7 +246,7 @@ def test_errors(small: Small) -> None:
         ({"positions": ["S2"]}, "positions=.* with nodes and over='nodes': expected no positions.*fp.head\\(1"),
         ({"errors": "maybe"}, "errors='maybe'"),
         ({"nodes": [head, head]}, "each once"),
-        ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "expected a feature or error of"),
+        ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "is of the SAE 'other', and no SAEs were passed"),
         ({"nodes": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "a head at hook_z"),
         ({"nodes": [fp.Node(site, "feature", 3, "all", site), fp.Node(site, "activation")], "saes": small.at(site)}, "expected only one kind"),
         ({"metric": "neg_kl", "over": "edges", "nodes": None, "scores": "estimate"}, "zero in the unpatched clean run; .*'exact'"),

@@ -8,7 +8,7 @@ import torch
 
 from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_numbers, decimal
 from featpatch.nodes import DIRECTIONS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.changes import DecoderDirections, Difference, Swap, deltas_of
@@ -42,7 +42,7 @@ class Controls:
     def __repr__(self) -> str:
         parts = [
             f"{effect}: {self.share(effect):.1%} of {len(self.random)} random directions of the same norm have an effect of "
-            f"at least {self.feature.pooled(effect)[0]:.3f}, that of {self.feature.nodes[0]}"
+            f"at least {decimal(self.feature.pooled(effect)[0], '.3f')}, that of {self.feature.nodes[0]}"
             for effect in self.feature.directions_run()
         ]
         return visible("\n".join(parts))

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
-from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers, is_integer
+from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers, decimal, is_integer
 from featpatch.frame import Frame
 from featpatch.nodes import DIRECTIONS, EFFECTS, Combine, Direction, Effect, Node, Patch, Position, check_directions
 from featpatch.pairs.pair import Positions
@@ -285,7 +285,8 @@ class Selection:
         verb, value = "bring back" if self.effect == "recovery" else "cost", self.effects.pooled(self.effect)[-1]
         short = "" if self.reached else f", short of {self.target:.0%}"
         more = f" and {len(self.features) - SHOWN} more" if len(self.features) > SHOWN else ""
-        return f"{len(self.features)} features {verb} {value:.0%}{short}: {', '.join(map(str, self.features[:SHOWN]))}{more}"
+        share = f"{decimal(value, '.0%')}{short}"
+        return f"{len(self.features)} features {verb} {share}: {', '.join(map(str, self.features[:SHOWN]))}{more}"
 
 
 def select_features(

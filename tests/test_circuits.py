@@ -161,7 +161,7 @@ def test_gates() -> None:
             assert mlp in greedy
 
 
-def test_what_is_said_of_a_circuit() -> None:
+def test_what_is_said_of_a_circuit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Faithfulness, completeness, minimality, curve, stability, graph, on the AND and OR gates."""
     found = and_gate()
     pairs = fp.Pairs.from_tokens(found.clean, found.corrupted, found.correct, found.wrong)
@@ -188,6 +188,10 @@ def test_what_is_said_of_a_circuit() -> None:
         "circuit of 3 of 5 nodes (threshold, scores='exact'), complement ablated to corrupted values: faithfulness 1.00"
         in repr(circuit)
     )
+    with monkeypatch.context() as patched:
+        patched.setattr(fp.Circuit, "faithfulness", property(lambda circuit: -0.001))
+        patched.setattr(fp.Circuit, "faithfulness_interval", (-0.002, 0.001))
+        assert "faithfulness 0.00 [0.00, 0.00]" in repr(circuit)
     either = or_gate()
     pairs = fp.Pairs.from_tokens(either.clean, either.corrupted, either.correct, either.wrong)
     one = fp.find_circuit(either.model, pairs, nodes=components(either.model), method="acdc", **OPTIONS)

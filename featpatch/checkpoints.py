@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from featpatch.errors import FeatpatchError, check_numbers, is_integer
+from featpatch.errors import FeatpatchError, check_numbers, closest, is_integer
 from featpatch.loading import Loaded, load
 from featpatch.pairs.fields import NEEDED, checked, pairs_of
 from featpatch.pairs.files import Rows, json_lines
@@ -101,7 +101,7 @@ class Demo(Loaded):
         """
         check_numbers(0, seed=seed)
         if task not in TASKS:
-            raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(TASKS)}")
+            raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(TASKS)}{closest(task, list(TASKS))}")
         shipped = json_lines(self.folder / "pairs" / f"{task}.jsonl", NEEDED)
         if not is_integer(n) or not 0 < n <= len(shipped.values):
             raise FeatpatchError(

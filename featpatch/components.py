@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_integer
+from featpatch.errors import FeatpatchError, check_choices, check_numbers, closest, is_integer
 from featpatch.nodes import Node, Position
 from featpatch.sites import COMPONENTS, component, is_component
 
@@ -69,7 +69,7 @@ def check_components(names: Any, positions: Any) -> list[str]:
     if unknown or not chosen or len(set(chosen)) < len(chosen):
         raise FeatpatchError(
             f"sites={given}: expected some of {', '.join(COMPONENTS)}, each once, or the hook points that hold them, such as "
-            "'hook_z' or 'blocks.0.attn.hook_z'"
+            f"'hook_z' or 'blocks.0.attn.hook_z'{closest(unknown[0], [*COMPONENTS, *SHORT]) if unknown else ''}"
         )
     several = isinstance(positions, Sequence) and not isinstance(positions, str)
     if several and any(isinstance(entry, str) and ARROW in entry for entry in positions):
@@ -99,6 +99,13 @@ def named_with_layers(names: Any, positions: Any) -> tuple[list[str], list[int]]
     full = [(match.group(2), int(match.group(1))) for match in matches if match]
     if not full:
         return None
+    for name, layer in full:
+        if name not in (*COMPONENTS, *SHORT):
+            near = closest(f"blocks.{layer}.{name}", [f"blocks.{layer}.{hook}" for hook in COMPONENTS.values()])
+            raise FeatpatchError(
+                f"sites={given}: expected hook points of components, blocks.{layer}. and one of "
+                f"{', '.join(dict.fromkeys(COMPONENTS.values()))}{near}"
+            )
     chosen = check_components(list(dict.fromkeys(name for name, _ in full)), positions)
     found = list(dict.fromkeys(layer for _, layer in full))
     if len(full) < len(given) or len(full) != len(chosen) * len(found) or len(set(full)) < len(full):

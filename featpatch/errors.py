@@ -1,10 +1,11 @@
-"""The package's one error class, argument checks that many functions share, and counts and lists as phrases.
+"""The package's one error class, argument checks that many functions share, and counts, numbers and lists as phrases.
 
 Every message of an error names the value that was given, what was expected, and what to do next.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from math import isfinite
 from numbers import Integral, Real
 from sys import float_info
@@ -55,6 +56,12 @@ def is_finite(value: object) -> TypeGuard[float]:
     return is_number(value) and (abs(value) <= float_info.max if is_integer(value) else isfinite(value))
 
 
+def closest(value: object, known: Sequence[str]) -> str:
+    """Return the known name that a value most resembles as the end of a message, or an empty text if it resembles none."""
+    found = get_close_matches(value, known, 1) if isinstance(value, str) else []
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
 def check_numbers(least: int, /, **given: object) -> None:
     """Raise a FeatpatchError unless each argument is an integer from `least` to `MAX_INTEGER`, of Python or of NumPy."""
     for name, value in given.items():
@@ -69,6 +76,14 @@ def check_choices(known: Sequence[str], /, **given: object) -> None:
     for name, value in given.items():
         if not isinstance(value, str) or value not in known:
             raise FeatpatchError(f"{name}={value!r}: expected one of {', '.join(known)}")
+
+
+def check_fractions(**given: object) -> None:
+    """Raise a FeatpatchError unless each argument is a number above 0 and at most 1; a percentage is not."""
+    for name, value in given.items():
+        if not is_number(value) or not 0 < value <= 1:
+            percent = f"; for {value} %, write {name}={value / 100:g}" if is_number(value) and 1 < value <= 100 else ""
+            raise FeatpatchError(f"{name}={value!r}: expected a fraction above 0, up to 1, such as 0.8{percent}")
 
 
 def check_kinds(kind: type | tuple[type, ...], /, **given: object) -> None:
@@ -107,6 +122,12 @@ def each(make: Callable[..., T], *columns: Sequence[Any], where: Sequence[str] |
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun, which gets an s unless the number is 1: `1 pair`, `2 pairs`, `1,000 pairs`."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def decimal(value: float, form: str = ".2f") -> str:
+    """Return a number in a format of `format`, without a minus sign if it is rounded to zero."""
+    text = format(value, form)
+    return text if text.strip("-0.%") else text.lstrip("-")
 
 
 def listed(names: Sequence[str], most: int, separator: str = ", ") -> str:

@@ -48,6 +48,23 @@ def as_path(path: object) -> Path:
     return Path(path)
 
 
+def path_to_write(path: object, *endings: str) -> Path:
+    """Convert the name of a file of a fixed format to a `Path`; the name has one of the format's endings, or none.
+
+    Devices, pipes and folders are left to the function that writes.
+
+    Raises:
+        FeatpatchError: the argument is not a path, or its ending is that of another format.
+    """
+    file = as_path(path)
+    if file.suffix and file.suffix.lower() not in endings and (file.is_file() or not file.exists()):
+        raise FeatpatchError(
+            f"the path {str(file)[:200]!r} ends in {file.suffix[:20]!r}: expected {' or '.join(endings)}, the format of this "
+            f"file; write {str(file.with_suffix(endings[0]))[:200]!r}"
+        )
+    return file
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file, which replaces `path` if the context ends without an exception.

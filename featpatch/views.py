@@ -13,7 +13,7 @@ from featpatch.effects.collector import check_saes
 from featpatch.effects.grid import measured
 from featpatch.effects.plots import tick
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, decimal
 from featpatch.frame import Frame
 from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
@@ -183,7 +183,8 @@ def _head_effects(effects: Effects | None, layer: int, head: int) -> list[str]:
     rows = rows.take(np.argsort(-rows.sizes(), kind="stable")[:ROWS])
     values = {effect: rows.pooled(effect) for effect in rows.directions_run()}
     said = [
-        f"{sites.within(node.site)} @ {node.position}: " + ", ".join(f"{effect} {of[n]:.2f}" for effect, of in values.items())
+        f"{sites.within(node.site)} @ {node.position}: "
+        + ", ".join(f"{effect} {decimal(of[n])}" for effect, of in values.items())
         for n, node in enumerate(rows.nodes)
     ]
     return said or ["the table of effects has no row of this head"]

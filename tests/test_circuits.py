@@ -161,7 +161,7 @@ def test_gates() -> None:
             assert mlp in greedy
 
 
-def test_what_is_said_of_a_circuit() -> None:
+def test_what_is_said_of_a_circuit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Faithfulness, completeness, minimality, curve, stability, graph, on the AND and OR gates."""
     found = and_gate()
     pairs = fp.Pairs.from_tokens(found.clean, found.corrupted, found.correct, found.wrong)
@@ -188,6 +188,10 @@ def test_what_is_said_of_a_circuit() -> None:
         "circuit of 3 of 5 nodes (threshold, scores='exact'), complement ablated to corrupted values: faithfulness 1.00"
         in repr(circuit)
     )
+    with monkeypatch.context() as patched:
+        patched.setattr(fp.Circuit, "faithfulness", property(lambda circuit: -0.001))
+        patched.setattr(fp.Circuit, "faithfulness_interval", (-0.002, 0.001))
+        assert "faithfulness 0.00 [0.00, 0.00]" in repr(circuit)
     either = or_gate()
     pairs = fp.Pairs.from_tokens(either.clean, either.corrupted, either.correct, either.wrong)
     one = fp.find_circuit(either.model, pairs, nodes=components(either.model), method="acdc", **OPTIONS)
@@ -246,7 +250,7 @@ def test_errors(small: Small) -> None:
         ({"positions": ["S2"]}, "positions=.* with nodes and over='nodes': expected no positions.*fp.head\\(1"),
         ({"errors": "maybe"}, "errors='maybe'"),
         ({"nodes": [head, head]}, "each once"),
-        ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "expected a feature or error of"),
+        ({"nodes": [fp.Node(site, "feature", 3, "all", "other")]}, "is of the SAE 'other', and no SAEs were passed"),
         ({"nodes": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "a head at hook_z"),
         ({"nodes": [fp.Node(site, "feature", 3, "all", site), fp.Node(site, "activation")], "saes": small.at(site)}, "expected only one kind"),
         ({"metric": "neg_kl", "over": "edges", "nodes": None, "scores": "estimate"}, "zero in the unpatched clean run; .*'exact'"),

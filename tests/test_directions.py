@@ -85,3 +85,7 @@ def test_a_feature_named_often(small: Small) -> None:
     for times in range(1, 40):
         features = torch.tensor([5] * times + [2])
         torch.testing.assert_close(dictionary.directions(features), expected[features])
+
+
+def test_dictionaries_of_ours_have_names_that_can_be_read() -> None:
+    assert repr(fp.direction(torch.ones(4), "hook", name="answer")) == "dictionary at answer (hook), width 4"

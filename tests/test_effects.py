@@ -1,15 +1,24 @@
 """The table of effects: pooling, intervals, order, summary and storage."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 from small import Small
 
 import featpatch as fp
+from featpatch.errors import decimal
 
 SITE = "blocks.1.hook_resid_pre"
+
+
+def pairs_of(small: Small) -> fp.Pairs:
+    return fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +143,73 @@ def test_digests_tell_pairs_and_models_apart(bridge: Small) -> None:
     assert one["model"] == other["model"]
     assert one["pairs"] != other["pairs"]
     assert list(one["saes"].values()) != list(other["saes"].values())  # type: ignore[attr-defined]
+
+
+def next_steps() -> dict[str, tuple[Callable[[Any, fp.Pairs, fp.Effects], Any], str]]:
+    """Mistakes, each as a function of a small model, pairs and a table, with what the error says to do next."""
+    feature, head, site = fp.feature(SITE, 3, 3), fp.head(1, 3), "blocks.3.hook_resid_pst"
+    return {
+        "position": (lambda m, p, e: e.where(position="S3"), "position='S3' was not measured: expected one of 3, 1$"),
+        "site": (lambda m, p, e: e.where(site=f"{SITE}x"), f"expected one of {SITE}; did you mean '{SITE}'"),
+        "sae": (lambda m, p, e: e.where(sae="other"), f"sae='other' was not measured: expected one of {SITE}$"),
+        "taken": (lambda m, p, e: e.top(1).where(position=5), "position=5 was not measured"),
+        "no saes": (
+            lambda m, p, e: fp.rank_nodes(m, p, [feature]),
+            "^node .* is of the SAE .* no SAEs were passed: .* pass saes=",
+        ),
+        "swapped": (lambda m, p, e: fp.rank_features(m, p, [m]), "^pairs is a list and saes is a Pairs: .* swap the two"),
+        "swapped nodes": (lambda m, p, e: fp.rank_nodes(m, [head], p), "pairs is a list and nodes is a Pairs"),
+        "swapped model": (lambda m, p, e: fp.rank_components(p, m), "and model is a Pairs"),
+        "logit": (lambda m, p, e: fp.rank_paths(m, p, senders=[head], receivers=["logit"]), "write 'logits' for the output"),
+        "one node": (lambda m, p, e: fp.rank_nodes(m, p, head), r"write nodes=\[...\]"),
+        "by": (lambda m, p, e: e.top(2, by="prob"), r"write effects.for_metric\('prob'\).top"),  # type: ignore[arg-type]
+        "drop": (lambda m, p, e: p.drop("fail"), r"write pairs.drop\(pairs.check\(model\), 'fail'\)"),  # type: ignore[arg-type]
+        "sites": (lambda m, p, e: fp.rank_components(m, p, sites=site), rf"\['{site}'\]: .* mean 'blocks.3.hook_resid_post'"),
+        "short": (lambda m, p, e: fp.rank_components(m, p, sites=["resid_pst"]), "did you mean 'resid_post'"),
+        "task": (lambda m, p, e: fp.load_demo(progress=False).pairs("iio"), "did you mean 'ioi'"),
+    }
+
+
+@pytest.mark.parametrize("mistake", next_steps())
+def test_errors_say_what_to_do_next(mistake: str, bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing checks annotations, as outside these tests."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    effects = fp.rank_features(
+        bridge.model, bridge.at(SITE), pairs_of(bridge), positions=[3, 1], metric=["logit_diff", "prob"], progress=False
+    )
+    make, message = next_steps()[mistake]
+    with pytest.raises(fp.FeatpatchError, match=message):
+        make(bridge.model, pairs_of(bridge), effects)
+
+
+def test_values_that_were_studied_may_have_no_rows(bridge: Small) -> None:
+    """The prompts are the same at position 1, so no node differs there; whole tables and those of components are no different."""
+    pairs = pairs_of(bridge)
+    for positions in ([3, 1], "each"):
+        effects = fp.rank_features(bridge.model, bridge.at(SITE), pairs, positions=positions, progress=False)
+        assert 1 not in {node.position for node in effects.nodes}
+        assert not len(effects.where(position=1))
+        assert not len(effects.where(sae="", kind="feature"))
+        assert len(effects.top(1).where(position=3, site=SITE, sae=SITE)) == 1
+
+
+def test_labels_that_some_pairs_lack(bridge: Small) -> None:
+    """The error names the first of these pairs, and their number."""
+    pairs = fp.Pairs(tuple(replace(pair, labels={"S2": 3} if slot != 1 else {}) for slot, pair in enumerate(pairs_of(bridge))))
+    calls: list[Callable[..., Any]] = [
+        lambda **given: fp.rank_features(bridge.model, bridge.at(SITE), pairs, **given),
+        lambda **given: fp.rank_features(bridge.model, bridge.at(SITE), pairs, method="atp", **given),
+        lambda positions: fp.rank_nodes(bridge.model, pairs, [fp.head(1, 3, position=positions[0])]),
+        lambda positions: fp.find_circuit(bridge.model, pairs, positions=positions),
+    ]
+    for call in calls:
+        with pytest.raises(
+            fp.FeatpatchError, match="^pair 1 has no label 'S2', like 1 of 3 pairs: expected it in every pair; add"
+        ):
+            call(positions=["S2"])
+
+
+def test_no_minus_zero() -> None:
+    numbers = (-0.001, 0.0, -0.005001, -0.1, float("nan"), float("-inf"), -10.0)
+    assert [decimal(number) for number in numbers] == ["0.00", "0.00", "-0.01", "-0.10", "nan", "-inf", "-10.00"]
+    assert [decimal(number, ".0%") for number in (-0.001, -0.1, -1.0)] == ["0%", "-10%", "-100%"]

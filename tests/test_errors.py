@@ -1,9 +1,11 @@
 """Bad input: every message names the value, the expectation and the next step."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
+import pandas as pd
 import pytest
 import torch
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, StandardSAE, StandardSAEConfig
@@ -15,6 +17,7 @@ import featpatch as fp
 from featpatch.errors import counted, listed
 from featpatch.model.transformer_lens import BridgeLens, wrap
 from featpatch.pairs.pair import spans
+from featpatch.pairs.tokens import PairsWarning
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -40,7 +43,8 @@ PROMPT = {"clean": ["a bb ccc"], "corrupted": ["a b ccc"], "correct": ["dddd"], 
             {"corrupted": ["a b"]},
             r"pair 0: clean has 3 tokens and corrupted has 2: expected equal lengths.*the same number of tokens",
         ),
-        ({"clean": []}, r"'clean': 0, 'corrupted': 1.*expected equal numbers"),
+        ({"clean": []}, r"there are 0 of clean and 1 of corrupted and 1 of correct and 1 of wrong: expected equal numbers"),
+        ({"correct": ["dddd"] * 2, "tags": [{}]}, r"there are 1 of clean and 2 of correct: .* add the missing ones"),
         ({key: [] for key in PROMPT}, r"there are no pairs: expected at least one"),
         ({"clean": [""], "corrupted": [""]}, r"pair 0: the clean prompt has no tokens"),
         ({"correct": ["two words"]}, r"answer 'two words' is 2 tokens \[3, 5\] after 'a bb ccc': expected exactly one; choose"),
@@ -173,8 +177,26 @@ def test_options(bridge: Small, options: dict[str, Any], message: str) -> None:
 
 
 def test_a_gap_near_zero_is_refused(bridge: Small) -> None:
+    with pytest.warns(PairsWarning, match="which holds for 3 of 3 pairs: expected"):
+        pairs = pairs_of(bridge, corrupted=bridge.clean)
     with pytest.raises(fp.FeatpatchError, match="expected corrupted prompts that differ"):
-        fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge, corrupted=bridge.clean))
+        fp.rank_features(bridge.model, bridge.at(SITE), pairs)
+
+
+def test_equal_prompts_are_pointed_out(tmp_path: Path) -> None:
+    """Where corrupted prompts were asked for; and in a file only beside others, because it may hold prompts without any."""
+    same, other = {"clean": "a b", "correct": "cc", "wrong": "ddd"}, {"corrupted": "a bb"}
+    rows = [same | other, same | {"corrupted": "a b"}]
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+    message = r"pair 1: the clean and the corrupted prompt are the same, which holds for 1 of 2 pairs: .* leave corrupted= out"
+    with pytest.warns(PairsWarning, match=message):
+        fp.Pairs.from_prompts(words, **columns)
+    with pytest.warns(PairsWarning, match="2 of 2 pairs"):
+        fp.Pairs.from_prompts(words, **{**columns, "corrupted": columns["clean"]})
+    with pytest.warns(PairsWarning, match="row 1: .* 1 of 2 pairs"):
+        fp.Pairs.from_pandas(words, pd.DataFrame(rows))
+    without = fp.Pairs.from_prompts(words, **{name: columns[name] for name in same})
+    assert len(fp.Pairs.from_jsonl(words, without.to_jsonl(tmp_path / "pairs.jsonl"))) == 2
 
 
 def test_answers_outside_the_vocabulary(bridge: Small) -> None:

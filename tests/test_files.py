@@ -155,6 +155,37 @@ def test_a_path_that_cannot_be_written_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
 
 
+@pytest.mark.parametrize(
+    ("write", "name", "message"),
+    [
+        ("save", "ioi.txt", r"ioi.txt' ends in '.txt': expected .safetensors, .*; write '.*ioi.safetensors'"),
+        ("report", "r.txt", r"r.txt' ends in '.txt': expected .html, .*; write '.*r.html'"),
+        ("circuit report", "r.pdf", r"expected .html"),
+        ("circuit", "c.yaml", r"expected .json, .*; write '.*c.json'"),
+        ("jsonl", "pairs.json", r"expected .jsonl or .ndjson, .*; write '.*pairs.jsonl'"),
+        ("csv", "pairs.xlsx", r"expected .csv, .*; write '.*pairs.csv'"),
+    ],
+)
+def test_an_ending_of_another_format_is_refused(
+    write: str, name: str, message: str, bridge: Small, effects: fp.Effects, circuit: fp.Circuit, tmp_path: Path
+) -> None:
+    """And nothing is written; a name in capitals or without an ending is accepted."""
+    ways: dict[str, Callable[[Path], object]] = {
+        "save": effects.save,
+        "report": lambda path: fp.report(effects, path),
+        "circuit report": circuit.report,
+        "circuit": circuit.save,
+        "jsonl": pairs_of(bridge).to_jsonl,
+        "csv": pairs_of(bridge).to_csv,
+    }
+    with pytest.raises(fp.FeatpatchError, match=message):
+        ways[write](tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    if write == "csv":
+        for accepted in ("PAIRS.CSV", "pairs"):
+            assert ways[write](tmp_path / accepted) == tmp_path / accepted
+
+
 def test_flipped_bits_of_effects(effects: fp.Effects, tmp_path: Path) -> None:
     """A damaged file is refused, or holds the same: of all bytes of the header, and of some of the data."""
     path, r = effects.save(tmp_path / "effects"), random.Random(0)

@@ -177,6 +177,7 @@ def test_tables_that_are_refused(words: Any, frame: Any, message: str) -> None:
 # Labels by character.
 
 
+@pytest.mark.filterwarnings("ignore:.*the clean and the corrupted prompt are the same")
 def test_places_are_token_positions(bytewise: Any, words: Any) -> None:
     """A word of several tokens is labelled at its last one."""
     text = "Then Mary left"

@@ -183,7 +183,7 @@ def test_interactions_across_layers(small: Small, combine: Any) -> None:
 def test_features_of_all_layers_are_selected_together(small: Small) -> None:
     """The greedy selection by hand, from joint patches of each candidate with those chosen before."""
     options = across(small, "add")
-    chosen = fp.select_features(**options, candidates=12, most=3, target=9.0, position="there")
+    chosen = fp.select_features(**options, candidates=12, most=3, target=1.0, position="there")
     alone = fp.rank_features(small.model, saes(small), pairs_of(small), positions=["there"], progress=False)
     pool, expected, best = list(alone.top(12, kind="feature").nodes), list[fp.Node](), 0.0
     while len(expected) < 3:

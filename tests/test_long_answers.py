@@ -116,7 +116,7 @@ def test_bytes() -> None:
 
 
 def test_a_plain_function() -> None:
-    (made,) = from_prompts(lengths)
+    (made,) = from_prompts(lengths, corrupted=PROMPTS["clean"].replace("Mary", "Marie"))
     assert made.answers == (((3, 5), (4,)), ((3, 3, 4),))
 
 

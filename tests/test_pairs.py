@@ -71,7 +71,7 @@ def test_answers_are_the_tokens_behind_the_prompt(
     tokenizer: Callable[[], Any], prompt: str, answer: str, expected: str, long_answers: bool
 ) -> None:
     made = tokenizer()
-    (pair,) = fp.Pairs.from_prompts(made, clean=[prompt], corrupted=[prompt], correct=[answer], long_answers=long_answers)
+    (pair,) = fp.Pairs.from_prompts(made, clean=[prompt], correct=[answer], long_answers=long_answers)
     ids = pair.correct_sequences[0] if long_answers else pair.correct
     assert made.convert_ids_to_tokens(list(ids)) == [expected]
 
@@ -101,7 +101,7 @@ def test_answers_that_were_surely_meant_otherwise(
     tokenizer: Callable[[], Any], prompt: str, answer: str, expected: str, warning: str
 ) -> None:
     made = tokenizer()
-    columns = {"clean": [prompt] * 3, "corrupted": [prompt] * 3, "correct": [answer] * 3}
+    columns = {"clean": [prompt] * 3, "correct": [answer] * 3}
     with pytest.warns(PairsWarning, match=rf"{warning}.*\(and 2 similar remarks\)"):
         pairs = fp.Pairs.from_prompts(made, **columns)
     assert [made.convert_ids_to_tokens(list(pair.correct)) for pair in pairs] == [[expected]] * 3
@@ -111,13 +111,13 @@ def test_answers_that_were_surely_meant_otherwise(
 def test_scripts_without_spaces_need_none(prompt: str, answer: str) -> None:
     """Not a word about the space that is missing (warnings are errors)."""
     made = of_bytes()
-    (pair,) = fp.Pairs.from_prompts(made, clean=[prompt], corrupted=[prompt], correct=[answer], long_answers=True)
+    (pair,) = fp.Pairs.from_prompts(made, clean=[prompt], correct=[answer], long_answers=True)
     assert pair.answers[0] == (tuple(made(answer)["input_ids"]),)
 
 
 def test_no_space_is_advised_that_makes_more_tokens() -> None:
     made = of_bytes()
-    (pair,) = fp.Pairs.from_prompts(made, clean=["is"], corrupted=["is"], correct=["é"], long_answers=True)
+    (pair,) = fp.Pairs.from_prompts(made, clean=["is"], correct=["é"], long_answers=True)
     assert pair.answers[0] == (tuple(made("é")["input_ids"]),)
 
 
@@ -422,7 +422,7 @@ def test_spaces_around_a_label_do_not_count(tokenizer: Callable[[], Any]) -> Non
         "f": {"span": " gave "},
         "g": "Mary",
     }
-    (pair,) = fp.Pairs.from_prompts(tokenizer(), clean=[text], corrupted=[text], correct=[" Mary"], labels=[named])
+    (pair,) = fp.Pairs.from_prompts(tokenizer(), clean=[text], correct=[" Mary"], labels=[named])
     assert {pair.labels[name] for name in "abcd"} == {1}
     assert (pair.labels["e"], pair.labels["f"], pair.labels["g"]) == ((1,), (1,), 5)
 
@@ -432,7 +432,7 @@ def test_labels_where_bos_changes_the_first_token(bridge: Small) -> None:
     model = deepcopy(bridge.model)
     model.tokenizer = sentence_piece()
     model.tokenizer.pad_token, model.cfg.tokenizer_prepends_bos = "<unk>", False
-    text = {"clean": ["Paris is big"], "corrupted": ["Paris is big"], "correct": [" to"]}
+    text = {"clean": ["Paris is big"], "correct": [" to"]}
     (pair,) = fp.Pairs.from_prompts(model, **text, labels=[{"city": {"span": "Paris"}, "end": "big"}])
     assert model.tokenizer.convert_ids_to_tokens(list(pair.clean)) == ["<s>", "Paris", "▁is", "▁big"]
     assert pair.labels == {"city": (1,), "end": 3}
@@ -450,11 +450,7 @@ def test_positions_of_numpy_and_lists() -> None:
     assert [type(tokens[0].labels["end"]), type(tokens[0].labels["mid"])] == [int, tuple]
     assert tokens.digest() == made.digest() == fp.Pairs.from_tokens(**given, labels=[plain]).digest()
     (text,) = fp.Pairs.from_prompts(
-        byte_level(),
-        clean=["a drink to"],
-        corrupted=["a drink to"],
-        correct=[" Mary"],
-        labels=[{"x": np.int64(2), "y": [2, 7]}],
+        byte_level(), clean=["a drink to"], correct=[" Mary"], labels=[{"x": np.int64(2), "y": [2, 7]}]
     )
     assert text.labels == {"x": 2, "y": 1}
 
@@ -559,7 +555,7 @@ def test_prompts_and_answers_that_are_none(
     monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str, long_answers: bool
 ) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    given = {"clean": ["is big"], "corrupted": ["is big"], "correct": [" to"], "wrong": [" Mary"]}
+    given = {"clean": ["is big"], "correct": [" to"], "wrong": [" Mary"]}
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.Pairs.from_prompts(byte_level(), **{**given, **changed}, long_answers=long_answers)
 
@@ -577,7 +573,7 @@ def test_prompts_and_answers_that_are_none(
     ],
 )
 def test_functions_from_a_text_to_ids(wrap: Callable[[Any], Any]) -> None:
-    given = {"clean": ["is big"], "corrupted": ["is big"], "correct": [" to"], "wrong": [" Mary"]}
+    given = {"clean": ["is big"], "correct": [" to"], "wrong": [" Mary"]}
     found, expected = (fp.Pairs.from_prompts(each, **given) for each in (wrap(byte_level()), byte_level()))
     assert [(pair.answers, pair.clean) for pair in found] == [(pair.answers, pair.clean) for pair in expected]
 
@@ -585,7 +581,7 @@ def test_functions_from_a_text_to_ids(wrap: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize("gives", [lambda text: None, lambda text: text.split(), lambda text: [[1, 2], [3, 4]], lambda text: 5])
 def test_functions_that_give_no_ids(gives: Callable[[str], Any]) -> None:
     with pytest.raises(fp.FeatpatchError, match="the tokenizer returns .* for the text 'is big': expected its token ids"):
-        fp.Pairs.from_prompts(gives, clean=["is big"], corrupted=["is big"], correct=[" to"])
+        fp.Pairs.from_prompts(gives, clean=["is big"], correct=[" to"])
 
 
 def test_a_file_without_wrong_answers(tmp_path: Any) -> None:

@@ -242,7 +242,7 @@ def test_errors(small: Small) -> None:
         ({"senders": []}, "senders=\\[\\]: expected a list of nodes"),
         ({"senders": [mlp], "receivers": [fp.Node("blocks.1.attn.hook_q", "head", 0)]}, "no receiver is downstream of a sender"),
         ({"senders": [fp.Node("blocks.0.attn.hook_q", "head", 0)]}, "does not write to the residual stream"),
-        ({"senders": [fp.Node("blocks.1.hook_resid_pre", "feature", 3)]}, "with the SAE's name in the node"),
+        ({"senders": [fp.Node("blocks.1.hook_resid_pre", "feature", 3)]}, "is of the SAE .*, and no SAEs were passed: .* pass saes="),
         ({"receivers": [fp.Node("blocks.2.attn.hook_q", "head", 9)]}, "expected a head of 0 to 3"),
         ({"receivers": [fp.Node("blocks.2.attn.hook_pattern", "head", 0)]}, "expected a feature or error of"),
         ({"receivers": [fp.Node("blocks.2.hook_resid_pre", "feature", 99, "all", "blocks.2.hook_resid_pre")],

@@ -120,7 +120,7 @@ def test_greedy_selection_step_by_step(small: Small, effect: Any) -> None:
     """Every step by hand over all features."""
     sae, pairs = small.at(SITE), pairs_of(small)
     found = fp.select_features(
-        small.model, sae, pairs, effect=effect, target=5.0, candidates=99, most=3, position=3, progress=False
+        small.model, sae, pairs, effect=effect, target=1.0, candidates=99, most=3, position=3, progress=False
     )
     direction = "denoising" if effect == "recovery" else "noising"
     clean, corrupted = found.effects.clean, found.effects.corrupted
@@ -137,21 +137,21 @@ def test_greedy_selection_step_by_step(small: Small, effect: Any) -> None:
         assert found.features[size] == best
         assert found.effects.pooled(effect)[size] == pytest.approx(values[best], abs=1e-9)
         chosen.append(best)
-    assert not found.reached
-    assert "short of 500%" in str(found)
+    assert found.reached == (values[best] >= 1)
+    assert ("short of 100%" in str(found)) != found.reached
 
 
 def test_selection_ends_where_it_should(small: Small) -> None:
     sae, pairs = small.at(SITE), pairs_of(small)
     options = {"position": 3, "candidates": 99, "most": 24, "progress": False}
-    all_steps = fp.select_features(small.model, sae, pairs, target=99.0, **options).effects.pooled("recovery")
+    all_steps = fp.select_features(small.model, sae, pairs, target=1.0, **options).effects.pooled("recovery")
     assert (np.diff(all_steps) > 0).all(), "ends where nothing is added"
     target = float(all_steps[1])
     found = fp.select_features(small.model, sae, pairs, target=target, **options)
     assert (len(found.features), found.reached) == (2, True)
     assert str(found).startswith(f"2 features bring back {all_steps[1]:.0%}: ")
-    one = fp.select_features(small.model, sae, pairs, target=99.0, **{**options, "most": 1})
-    assert str(one).startswith(f"1 features bring back {all_steps[0]:.0%}, short of 9900%: ")
+    one = fp.select_features(small.model, sae, pairs, target=1.0, **{**options, "most": 1})
+    assert str(one).startswith(f"1 features bring back {all_steps[0]:.0%}, short of 100%: ")
 
 
 def test_interactions_against_the_oracle(small: Small) -> None:
@@ -230,7 +230,11 @@ def test_errors(small: Small) -> None:
     two = [sae, standard("blocks.0.hook_resid_pre", 1)]
     for call, message in (
         (lambda: fp.top_k_curve(model, sae, pairs, most=0), "most=0: expected an integer, 1 or more"),
-        (lambda: fp.select_features(model, sae, pairs, target=0.0), "target=0.0, candidates=64"),
+        (lambda: fp.select_features(model, sae, pairs, target=0.0), "target=0.0: expected a fraction above 0, up to 1"),
+        (lambda: fp.select_features(model, sae, pairs, target=80.0), "target=80.0: expected .*; for 80.0 %, write target=0.8"),
+        (lambda: fp.Screen(target=95.0), "target=95.0: expected .*; for 95.0 %, write target=0.95"),
+        (lambda: fp.find_circuit(model, pairs, method="greedy", target=90.0), "target=90.0: expected .*, write target=0.9"),
+        (lambda: fp.select_features(model, sae, pairs, most=0), "most=0: expected an integer, 1 or more"),
         (lambda: fp.select_features(model, sae, pairs, position=1, progress=False), "no feature of .* differs between the runs at 1"),
         (lambda: fp.interactions(model, two, pairs, features=[1, 2]), r"features=\[1, 2\]: expected .* as nodes of kind 'feature'"),
         (lambda: fp.interactions(model, sae, pairs, combine="add"), "combine='add': expected None"),
@@ -239,7 +243,11 @@ def test_errors(small: Small) -> None:
         (lambda: fp.interactions(model, sae, pairs, features=[1, 24]), "from 0 to 23"),
         (lambda: fp.random_controls(model, sae, pairs, n=0), "n=0: expected an integer, 1 or more"),
         (lambda: fp.random_controls(model, two, pairs), "there are 2 SAEs"),
-        (lambda: fp.random_controls(model, sae, pairs, feature=3, position=1, progress=False), "feature 3 of .* differs"),
+        (lambda: fp.random_controls(model, sae, pairs, feature=3, position=1, progress=False), "feature 3 of .* is the same"),
+        (
+            lambda: fp.random_controls(model, sae, pairs, feature=5000, position=3, progress=False),
+            rf"feature 5000 of .* is out of range: expected 0 to {FEATURES - 1}",
+        ),
     ):  # fmt: skip
         with pytest.raises(fp.FeatpatchError, match=message):
             call()

@@ -16,7 +16,7 @@ from featpatch.effects.collector import Collector, measured_places, provenance
 from featpatch.effects.table import Effects
 from featpatch.metrics import check_gap
 from featpatch.nodes import Direction, Node
-from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans
+from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans_of
 from featpatch.pairs.pairs import check_counterfactual
 
 
@@ -89,7 +89,7 @@ def estimated(
             and there are none.
     """
     pairs = gradients.pairs if ablated is not None else check_counterfactual(gradients.pairs)
-    ways, wanted = gradients.check_directions(directions), [spans(pair, positions) for pair in pairs]
+    ways, wanted = gradients.check_directions(directions), spans_of(pairs, positions)
     clean, corrupted = np.zeros((2, len(pairs), 1))
     unsigned = gradients.method == "grad_drop"
     found: dict[int, dict[Direction, dict[Node, float]]] = {}

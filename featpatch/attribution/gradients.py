@@ -279,7 +279,7 @@ class Gradients:
             )
         self.steps = STEPS if steps is None else steps
         check_numbers(1, steps=self.steps)
-        self.pairs = check_pairs(pairs)
+        self.pairs = check_pairs(pairs, model=model)
         for index, pair in enumerate(pairs):
             check_answers(pair, [self.measure.name] if self.measure.of_answers else [])
             if not pair.correct and self.measure.of_answers:

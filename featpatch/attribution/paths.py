@@ -32,7 +32,7 @@ from featpatch.model.backward import LIVE, RULES, modified
 from featpatch.model.gradients import pull
 from featpatch.model.lens import Lens
 from featpatch.nodes import LOGITS, Direction, Edge, Node, check_senders
-from featpatch.pairs.pair import spans
+from featpatch.pairs.pair import spans, spans_of
 from featpatch.pairs.pairs import check_counterfactual
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import check_nodes
@@ -146,7 +146,7 @@ def estimate_paths(
         )
     check_counterfactual(pairs)
     ways, estimators = source.check_directions(directions), _estimators(lens, sending, found)
-    wanted = [spans(pair, list(dict.fromkeys(node.position for node in sending))) for pair in pairs]
+    wanted = spans_of(pairs, list(dict.fromkeys(node.position for node in sending)))
     inside = [sites.resid_pre(layer) for layer in range(lens.n_layers)]
     inside += [sites.component(layer, "attn_out") for layer in range(lens.n_layers)]
     reads = [hook for each in estimators for hook in (*each.reads, *each.sites)] + [r.reads for r in receiving] + inside

@@ -19,7 +19,7 @@ from featpatch.diagram.draw import figure
 from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
 from featpatch.effects.statistics import interval
-from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, decimal, is_number
 from featpatch.nodes import Edge, Node
 from featpatch.page.page import Plotted, write
 from featpatch.pairs.pairs import Pairs
@@ -383,20 +383,20 @@ class Circuit(Plotted):
     def _answer(self) -> str:
         """Return what the circuit does, in a sentence or two."""
         low, high = self.faithfulness_interval
-        between = "" if np.isnan(low) else f" [{low:.0%}, {high:.0%}]"
+        between = "" if np.isnan(low) else f" [{decimal(low, '.0%')}, {decimal(high, '.0%')}]"
         single = " A single pair gives no interval." if np.isnan(low) else ""
         return (
             f"These {len(self.items):,} of {len(self.graph.items):,} {self.metadata['over']} alone keep "
-            f"{self.faithfulness:.0%}{between} of the behaviour, exactly measured over {len(self.graph.pairs)} pairs, while "
-            f"all others are ablated to {self.graph.to} values.{single}"
+            f"{decimal(self.faithfulness, '.0%')}{between} of the behaviour, exactly measured over {len(self.graph.pairs)} "
+            f"pairs, while all others are ablated to {self.graph.to} values.{single}"
         )
 
     def __repr__(self) -> str:
         low, high = self.faithfulness_interval
-        between = " (a single pair gives no interval)" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+        between = " (a single pair gives no interval)" if np.isnan(low) else f" [{decimal(low)}, {decimal(high)}]"
         return (
             f"circuit of {len(self.items)} of {len(self.graph.items)} {self.metadata['over']} ({self._search()}), "
-            f"complement ablated to {self.graph.to} values: faithfulness {self.faithfulness:.2f}{between}, exact, over "
+            f"complement ablated to {self.graph.to} values: faithfulness {decimal(self.faithfulness)}{between}, exact, over "
             f"{len(self.graph.pairs)} pairs"
         )
 

@@ -17,7 +17,7 @@ from featpatch.circuits.curve import ranking
 from featpatch.circuits.graph import Graph
 from featpatch.effects.storage import nodes_of
 from featpatch.errors import FeatpatchError, is_finite
-from featpatch.files import as_path, read_json, writing
+from featpatch.files import as_path, path_to_write, read_json, writing
 from featpatch.nodes import LOGITS, Edge, Node
 
 FORMAT = "featpatch circuit"
@@ -44,8 +44,8 @@ METADATA: Mapping[str, Callable[[Any], bool]] = {
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
-    """Write plain data as JSON, completely or not at all; return the path."""
-    with writing(path) as beside:
+    """Write plain data as JSON, completely or not at all, to a file whose name ends in `.json`; return the path."""
+    with writing(path_to_write(path, ".json")) as beside:
         beside.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
     return Path(path)
 

@@ -21,7 +21,7 @@ from featpatch.circuits.regions import Regions
 from featpatch.circuits.search import acdc, alone, along_edges, by_threshold, check_threshold, greedily, run, to_resume
 from featpatch.effects.collector import provenance
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_choices, check_numbers, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers
 from featpatch.metric_functions import Metric
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
@@ -72,8 +72,8 @@ def check_search(
     if threshold is not None:
         check_threshold(threshold)
     check_numbers(1, size=1 if size is None else size)
-    if target is not None and (not is_number(target) or not 0 < target <= 1):
-        raise FeatpatchError(f"target={target!r}: expected a faithfulness above 0, up to 1")
+    if target is not None:
+        check_fractions(target=target)
     used = {"threshold": ["threshold", "size"], "greedy": ["target", "size"], "acdc": ["threshold"]}[method]
     stops = {name: value for name, value in (("threshold", threshold), ("size", size), ("target", target)) if value is not None}
     said = f"{', '.join(f'{name}={value}' for name, value in stops.items())} with method={method!r}"

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from featpatch.errors import FeatpatchError
 from featpatch.nodes import Position
-from featpatch.pairs.pair import Pair, Positions, spans
+from featpatch.pairs.pair import Pair, Positions, spans, spans_of
 from featpatch.pairs.pairs import Pairs
 
 ELSEWHERE = "elsewhere"
@@ -39,7 +39,7 @@ class Regions:
         Raises:
             FeatpatchError: if a pair lacks a position, positions overlap, or `"each"` stands for other indices in some pair.
         """
-        found = [spans(pair, positions) for pair in pairs]
+        found = spans_of(pairs, positions)
         if isinstance(positions, str) and positions == "all":
             return cls()
         for index, wanted in enumerate(found):

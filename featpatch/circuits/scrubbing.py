@@ -19,7 +19,7 @@ from featpatch import sites
 from featpatch.circuits.attribution import EMBEDDING
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.effects.statistics import interval
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_numbers, decimal
 from featpatch.metric_functions import Metric
 from featpatch.metrics import check_gap
 from featpatch.model.transformer_lens import wrap
@@ -73,8 +73,8 @@ class Scrubbed:
 
     def __repr__(self) -> str:
         return (
-            f"recovered {self.recovered:.2f} [{self.low:.2f}, {self.high:.2f}] over {len(self.values)} prompts: metric "
-            f"{self.values.mean():.3g} scrubbed, {self.whole.mean():.3g} in the model, {self.chance.mean():.3g} with "
+            f"recovered {decimal(self.recovered)} [{decimal(self.low)}, {decimal(self.high)}] over {len(self.values)} prompts: "
+            f"metric {self.values.mean():.3g} scrubbed, {self.whole.mean():.3g} in the model, {self.chance.mean():.3g} with "
             "everything resampled"
         )
 

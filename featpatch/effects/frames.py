@@ -19,7 +19,7 @@ from featpatch.effects import statistics
 from featpatch.effects.measured import Measured
 from featpatch.effects.selection import WHERE_CHANGED
 from featpatch.effects.statistics import quadrant_labels
-from featpatch.errors import FeatpatchError, check_numbers, counted, is_integer
+from featpatch.errors import FeatpatchError, check_numbers, counted, decimal, is_integer
 from featpatch.metrics import NEAR_ZERO, size
 from featpatch.nodes import TOGETHER, Edge, Effect, Node, Position
 
@@ -229,8 +229,8 @@ class Stability:
         if np.isnan(self.overlap):
             shared = f"overlap is not reported, because the top {self.top} would be all of the {self.features} features"
         return (
-            f"rank correlation {self.correlation:.2f} [{self.low:.2f}, {self.high:.2f}] between random halves of "
-            f"{self.pairs} pairs, {self.splits} splits; {shared}"
+            f"rank correlation {decimal(self.correlation)} [{decimal(self.low)}, {decimal(self.high)}] between random halves "
+            f"of {self.pairs} pairs, {self.splits} splits; {shared}"
         )
 
 

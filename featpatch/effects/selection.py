@@ -1,14 +1,14 @@
 """The arguments that select rows: the effect that they are sorted by, indices, and masks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers
-from featpatch.nodes import Effect
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, closest, is_integer, listed
+from featpatch.nodes import Effect, Node
 
 Over = Literal["all", "changed"]
 """The pairs that an effect is pooled over: all of them, or those in which the node differs."""
@@ -20,8 +20,13 @@ WHERE_CHANGED = "_where_changed"
 """The suffix of effects that are pooled over the pairs in which the node differs."""
 
 
-def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
+def sorting(by: str | None, run: Sequence[Effect], metrics: Sequence[str] = ()) -> tuple[Effect, Over]:
     """Split the name of a sort key, such as `"recovery_where_changed"`, into the effect and the pairs that it is pooled over.
+
+    Args:
+        by: the name; None for the first effect.
+        run: the effects that were run.
+        metrics: the metrics of the table, by which rows can't be sorted.
 
     Raises:
         FeatpatchError: the effect was not run.
@@ -32,7 +37,8 @@ def sorting(by: str | None, run: Sequence[Effect]) -> tuple[Effect, Over]:
     if by is None:
         return run[0], "all"
     if by not in known:
-        raise FeatpatchError(f"by={by!r}: expected one of the measured effects, {', '.join(known)}")
+        advice = f"; for the effects on the metric {by}, write effects.for_metric({by!r}).top(...)" if by in metrics else ""
+        raise FeatpatchError(f"by={by!r}: expected one of the measured effects, {', '.join(known)}{advice}")
     return known[by]
 
 
@@ -58,6 +64,34 @@ def least_to_sort(over: Over, asked: int | None, pairs: int) -> int:
     least = (min(LEAST_CHANGED, pairs) if over == "changed" else 0) if asked is None else asked
     check_numbers(0, least_changed=least)
     return least
+
+
+def check_measured(nodes: Sequence[Node], metadata: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Check that the table has the sites, positions and SAEs by which rows are selected.
+
+    A value that was asked for in the study is accepted even if no node has it, because what is the same in both runs of every
+    pair has no row; so is the empty name of the SAE of a component.
+
+    Args:
+        nodes: the nodes of the whole table.
+        metadata: the metadata of the table.
+        wanted: the wanted values of a node's fields.
+
+    Raises:
+        FeatpatchError: a value was not measured.
+    """
+    for field, asked in (("site", "sites"), ("position", "positions"), ("sae", "saes")):
+        if field not in wanted:
+            continue
+        value, studied = wanted[field], metadata.get(asked) or []
+        if studied == "each" and is_integer(value) and value >= 0:
+            continue
+        known = list(dict.fromkeys([getattr(node, field) for node in nodes]))
+        known += [each for each in ([studied] if isinstance(studied, str) else studied) if each not in known]
+        if value not in known and (field, value) != ("sae", ""):
+            shown = listed([str(each) for each in known if each != ""], 10) or "(the table has none)"
+            near = closest(value, [each for each in known if isinstance(each, str)])
+            raise FeatpatchError(f"{field}={value!r} was not measured: expected one of {shown}{near}")
 
 
 def indices(wanted: Sequence[int] | NDArray[Any], count: int, what: str) -> NDArray[np.int64]:

@@ -15,10 +15,10 @@ from featpatch.effects.frames import SPLITS, TOP, Stability, split_half
 from featpatch.effects.grid import Grid, chosen, grid
 from featpatch.effects.measured import Measured
 from featpatch.effects.plots import Plots
-from featpatch.effects.selection import WHERE_CHANGED, By, least_to_sort, measured_effect, sorting
+from featpatch.effects.selection import WHERE_CHANGED, By, check_measured, least_to_sort, measured_effect, sorting
 from featpatch.effects.statistics import check_threshold, quadrant_labels
 from featpatch.errors import FeatpatchError, check_choices, check_numbers, counted
-from featpatch.files import as_path
+from featpatch.files import as_path, path_to_write
 from featpatch.frame import ROWS, Frame, text
 from featpatch.nodes import EFFECTS, KINDS, Effect, Node, Position
 
@@ -64,7 +64,8 @@ class Effects(Measured):
         """Return the rows whose node has these field values, e.g. `where(kind="feature", position="S2")`.
 
         Raises:
-            FeatpatchError: a node has no such field, or the kind is not one of `fp.nodes.KINDS`.
+            FeatpatchError: a node has no such field, the kind is not one of `fp.nodes.KINDS`, or nothing was measured at this
+                site or position or for this SAE.
 
         Examples:
             >>> errors = effects.where(kind="error")
@@ -76,6 +77,7 @@ class Effects(Measured):
             raise FeatpatchError(f"unknown columns {', '.join(map(repr, unknown))}: expected some of {', '.join(fields)}")
         if "kind" in wanted:
             check_choices(KINDS, kind=wanted["kind"])
+        check_measured(self.whole.nodes, self.metadata, wanted)
         return self.take([i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())])
 
     def top(
@@ -101,7 +103,7 @@ class Effects(Measured):
             >>> len(effects.top(10, by="degradation_where_changed", least_changed=2))
             10
         """
-        effect, over = sorting(by, self.directions_run())
+        effect, over = sorting(by, self.directions_run(), self.metrics)
         least = least_to_sort(over, least_changed, len(self.clean))
         check_numbers(0, n=n)
         rows = self if kind is None else self.take(self.ranked) if kind == "ranked" else self.where(kind=kind)
@@ -348,17 +350,20 @@ class Effects(Measured):
         """Write the table to a safetensors file, with metadata as JSON in its header.
 
         Args:
-            path: the file; an existing one is replaced.
+            path: the file, whose name ends in `.safetensors`; an existing one is replaced.
 
         Returns:
             The path.
+
+        Raises:
+            FeatpatchError: the path has another ending or can't be written to, or the table could not be loaded again.
 
         Examples:
             >>> path = effects.save(folder / "ioi.safetensors")
             >>> len(fp.Effects.load(path)) == len(effects)
             True
         """
-        return storage.save(self, as_path(path))
+        return storage.save(self, path_to_write(path, ".safetensors"))
 
     @classmethod
     def load(cls, path: str | Path) -> "Effects":

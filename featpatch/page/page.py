@@ -10,7 +10,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from featpatch.files import writing
+from featpatch.files import path_to_write, writing
 
 Block = Markup
 """A piece of HTML whose user text is escaped."""
@@ -62,9 +62,9 @@ def write(path: str | Path, content: str) -> Page:
     """Write a page completely or not at all, and create its folder if it is missing.
 
     Raises:
-        FeatpatchError: the path is a folder or can't be written to.
+        FeatpatchError: the path has another ending than `.html`, is a folder or can't be written to.
     """
-    with writing(path) as file:
+    with writing(path_to_write(path, ".html")) as file:
         file.write_text(content, encoding="utf-8")
     return Page(path)
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from featpatch.errors import FeatpatchError, check_kinds, counted, each, errors_about
 from featpatch.files import as_path, read_json
+from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import PairsWarning
 
 
@@ -160,7 +161,12 @@ def rows_of(columns: Mapping[str, Sequence[Any]]) -> Rows:
     check_kinds(Sized, **columns)
     counts = {name: len(column) for name, column in columns.items()}
     if len(set(counts.values())) > 1:
-        raise FeatpatchError(f"there are {counts}: expected equal numbers, one of each per pair")
+        first, size = next(iter(counts.items()))
+        others = [f"{count} of {name}" for name, count in counts.items() if count != size]
+        raise FeatpatchError(
+            f"there are {size} of {first} and {' and '.join(others)}: expected equal numbers, one of each per pair; add the "
+            "missing ones, or remove those without a pair"
+        )
     values = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return Rows([f"pair {index}" for index in range(len(values))], values)
 
@@ -209,6 +215,24 @@ def _lines(reader: Any, path: str) -> Iterator[tuple[str, list[str]]]:
             f"{path!r} line {begin} is not CSV ({error}): expected cells separated by commas, with closing quotes where there "
             "are opening ones"
         ) from error
+
+
+def warn_of_equal_prompts(pairs: Sequence[Pair], where: Sequence[str], *, counterfactual: bool) -> None:
+    """Warn of pairs whose prompts are equal beside others, or, if corrupted prompts were asked for, of any such pair.
+
+    Args:
+        where: the name of each pair.
+        counterfactual: whether every pair was meant to have a corrupted prompt; a file may hold prompts without any.
+    """
+    equal = [name for pair, name in zip(pairs, where, strict=True) if not pair.has_counterfactual]
+    if equal and (counterfactual or len(equal) < len(pairs)):
+        warnings.warn(
+            f"{equal[0]}: the clean and the corrupted prompt are the same, which holds for {len(equal)} of {len(pairs)} pairs: "
+            "expected prompts that differ, because equal ones leave nothing to patch; correct them, or leave corrupted= out "
+            "for prompts without a counterfactual",
+            PairsWarning,
+            stacklevel=4,
+        )
 
 
 T = TypeVar("T")

@@ -352,6 +352,23 @@ def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
     return {position: pair.positions(position) for position in wanted}
 
 
+def spans_of(pairs: Sequence[Pair], positions: Positions) -> list[dict[Position, list[int]]]:
+    """Return the token positions of each pair that each requested label or index stands for, see `spans`.
+
+    Raises:
+        FeatpatchError: a pair has no such position, or the request is not valid.
+    """
+    for label in positions if isinstance(positions, Sequence) and not isinstance(positions, str) else ():
+        lacking = [number for number, pair in enumerate(pairs) if label not in ("all", *pair.labels)]
+        if isinstance(label, str) and 0 < len(lacking) < len(pairs):
+            raise FeatpatchError(
+                f"pair {lacking[0]} has no label {label!r}, like {len(lacking)} of {len(pairs)} pairs: expected it in every "
+                "pair; add it, choose another position, or keep the pairs that have it, with "
+                f"fp.Pairs(tuple(pair for pair in pairs if {label!r} in pair.labels))"
+            )
+    return [spans(pair, positions) for pair in pairs]
+
+
 def lengths_if_pooled(pairs: Sequence[Pair], positions: Positions) -> dict[str, list[int]]:
     """Return the number of tokens of each pair as metadata, with a warning, if `"each"` pools different words of the pairs.
 

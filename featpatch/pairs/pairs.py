@@ -130,7 +130,8 @@ class Pairs(PairsInFiles, Sequence[Pair]):
                     f"{name}={str(column)[:60]}: expected a list with a mapping for each prompt, such as {name}=[{{...}}]"
                 )
             columns[name] = column if column is not None else [{}] * len(clean)
-        return cls(pairs_of(tokenizer, rows_of(columns), dict, align, filler, long_answers), plain_tokenizer(tokenizer))
+        pairs = pairs_of(tokenizer, rows_of(columns), dict, align, filler, long_answers, counterfactual=corrupted is not None)
+        return cls(pairs, plain_tokenizer(tokenizer))
 
     @classmethod
     def from_tokens(
@@ -167,7 +168,6 @@ class Pairs(PairsInFiles, Sequence[Pair]):
             1
         """
         plain = None if tokenizer is None else plain_tokenizer(tokenizer)
-        corrupted = clean if corrupted is None else corrupted
         return cls(of_tensors(clean, corrupted, correct, wrong, labels, attention_mask, tokenizer), plain)
 
     def __len__(self) -> int:
@@ -237,6 +237,11 @@ class Pairs(PairsInFiles, Sequence[Pair]):
             >>> good.check(model).ok
             True
         """
+        if not isinstance(found, Checklist):
+            raise FeatpatchError(
+                f"found is of type {type(found).__name__}: expected the Checklist of these pairs; write "
+                "pairs.drop(pairs.check(model), 'fail')"
+            )
         return replace(self, pairs=without(self, found, verdicts))
 
     def by_length(self) -> dict[int, list[int]]:
@@ -266,15 +271,22 @@ class Pairs(PairsInFiles, Sequence[Pair]):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def check_pairs(pairs: Any, *, by_label: bool = False) -> Pairs:
+def check_pairs(pairs: Any, *, by_label: bool = False, **others: Any) -> Pairs:
     """Check that the argument is a `Pairs` object and return it.
 
     Args:
         by_label: whether the caller can patch pairs label by label.
+        others: arguments beside which the pairs are given, for an error that says if two are swapped.
 
     Raises:
         FeatpatchError: it is not, or it has a pair that is patched label by label and the caller cannot.
     """
+    swapped = next((name for name, value in others.items() if isinstance(value, Pairs)), None)
+    if not isinstance(pairs, Pairs) and swapped is not None:
+        raise FeatpatchError(
+            f"pairs is a {type(pairs).__name__} and {swapped} is a Pairs: expected it the other way round; swap the two "
+            f"arguments, or write pairs=..., {swapped}=..."
+        )
     if not isinstance(pairs, Pairs):
         raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
     if not by_label:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from featpatch.errors import FeatpatchError, check_numbers, each
-from featpatch.files import write_csv, writing
+from featpatch.files import path_to_write, write_csv, writing
 from featpatch.pairs.fields import NEEDED, for_cells, from_cells, from_line, pairs_of, written
 from featpatch.pairs.files import csv_rows, frame_rows, json_lines, json_lines_in_blocks
 from featpatch.pairs.importers import auto_circuit, eap_ig, feature_circuits
@@ -191,17 +191,19 @@ class PairsInFiles:
                 when read again. Without it, and for other pairs, such as those with long answers, token ids are written.
 
         Raises:
-            FeatpatchError: the file can't be written, a label or tag is not valid Unicode, or the tokenizer can't decode.
+            FeatpatchError: the path has another ending, the file can't be written, a label or tag is not valid Unicode, or the
+                tokenizer can't decode.
 
         Examples:
             >>> path = pairs.to_jsonl(folder / "pairs.jsonl", tokenizer=model)
             >>> len(path.read_text().splitlines())
             4
         """
+        path = path_to_write(path, ".jsonl", ".ndjson")
         rows = [json.dumps(row, ensure_ascii=False) for row in each(partial(written, tokenizer=tokenizer), self.pairs)]
         with writing(path) as file:
             file.write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")
-        return Path(path)
+        return path
 
     def to_csv(self, path: str | Path, *, tokenizer: Tokenizer | None = None) -> Path:
         """Write a CSV table for a spreadsheet, with prompts, answers, labels and a column for every tag; see `from_csv`.
@@ -214,7 +216,7 @@ class PairsInFiles:
             tokenizer: the model or its tokenizer, to write texts; without it, token ids are written.
 
         Raises:
-            FeatpatchError: the file can't be written, or the tokenizer can't decode.
+            FeatpatchError: the path has another ending, the file can't be written, or the tokenizer can't decode.
 
         Examples:
             >>> import pandas as pd
@@ -222,5 +224,6 @@ class PairsInFiles:
             >>> pd.read_csv(path).columns[:4].tolist()
             ['clean', 'corrupted', 'correct', 'wrong']
         """
+        path = path_to_write(path, ".csv")
         write_csv(path, pd.DataFrame([for_cells(pair, tokenizer) for pair in self.pairs]))
-        return Path(path)
+        return path

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from featpatch.errors import FeatpatchError, check_kinds, each
-from featpatch.pairs.files import rows_of
+from featpatch.pairs.files import rows_of, warn_of_equal_prompts
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_starts, plain_integers, special_positions, unmasked, unpadded
 
@@ -18,7 +18,7 @@ Table = Sequence[int] | Sequence[Sequence[int]] | Sequence[torch.Tensor | np.nda
 
 def of_tensors(
     clean: torch.Tensor | Table,
-    corrupted: torch.Tensor | Table,
+    corrupted: torch.Tensor | Table | None,
     correct: torch.Tensor | Table | None,
     wrong: torch.Tensor | Table | None,
     labels: Sequence[Mapping[str, SupportsIndex | Sequence[SupportsIndex]]] | None,
@@ -26,7 +26,8 @@ def of_tensors(
     tokenizer: Tokenizer | None,
 ) -> tuple[Pair, ...]:
     """Make the pairs of `Pairs.from_tokens`, which describes the arguments and errors."""
-    columns: dict[str, Sequence[Any]] = {"clean": _rows("clean", clean), "corrupted": _rows("corrupted", corrupted)}
+    columns: dict[str, Sequence[Any]] = {"clean": _rows("clean", clean)}
+    columns["corrupted"] = columns["clean"] if corrupted is None else _rows("corrupted", corrupted)
     count = len(columns["clean"])
     for name, answers in (("correct", correct), ("wrong", wrong)):
         none = answers is None or (name == "wrong" and not len(answers))
@@ -47,6 +48,7 @@ def of_tensors(
             PairsWarning,
             stacklevel=3,
         )
+    warn_of_equal_prompts(pairs, rows.where, counterfactual=corrupted is not None)
     return pairs
 
 

@@ -289,7 +289,7 @@ def component_study(
     model: Any, pairs: Pairs, sites: str | Sequence[str], layers: Sequence[int] | None, options: Options
 ) -> Study:
     """Return the validated experiment that `rank_components` runs with these arguments."""
-    check_pairs(pairs, by_label=True)
+    check_pairs(pairs, by_label=True, model=model)
     lens = wrap(model)
     parts, about = component_parts(lens, sites, layers, options.positions)
     labelled = next((index for index, pair in enumerate(pairs) if pair.by_label and options.noise is None), None)

@@ -8,7 +8,7 @@ import torch
 
 from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_numbers, decimal
 from featpatch.nodes import DIRECTIONS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.changes import DecoderDirections, Difference, Swap, deltas_of
@@ -42,7 +42,7 @@ class Controls:
     def __repr__(self) -> str:
         parts = [
             f"{effect}: {self.share(effect):.1%} of {len(self.random)} random directions of the same norm have an effect of "
-            f"at least {self.feature.pooled(effect)[0]:.3f}, that of {self.feature.nodes[0]}"
+            f"at least {decimal(self.feature.pooled(effect)[0], '.3f')}, that of {self.feature.nodes[0]}"
             for effect in self.feature.directions_run()
         ]
         return visible("\n".join(parts))
@@ -77,7 +77,8 @@ def random_controls(
         The effects of the feature and of the random directions, and the share of these that reach the feature's effect.
 
     Raises:
-        FeatpatchError: if the input is unusable, there are several dictionaries, or the feature differs in no pair.
+        FeatpatchError: if the input is unusable, there are several dictionaries, the feature's index is out of range, or the
+            feature differs in no pair.
 
     Examples:
         >>> controls = fp.random_controls(model, saes[0], pairs, n=50, position="S2", progress=False)
@@ -89,13 +90,23 @@ def random_controls(
     check_numbers(1, n=n)
     check_numbers(0, seed=seed)
     study, dictionary = single_study(model, sae, pairs, position, Options("all", directions, metric, batch_rows))
+    if feature is not None:
+        check_numbers(0, feature=feature)
+        if feature >= dictionary.d_sae:
+            raise FeatpatchError(
+                f"feature {feature} of {dictionary.name!r} is out of range: expected 0 to {dictionary.d_sae - 1}"
+            )
     single = study.complete(progress=progress).where(kind="feature")
     own = single.top(1) if feature is None else single.where(index=feature)
     if not len(own):
-        which = "no feature" if feature is None else f"feature {feature}"
+        if feature is None:
+            raise FeatpatchError(
+                f"no feature of {dictionary.name!r} differs between the runs at {position!r}: expected at least one; choose "
+                "another position"
+            )
         raise FeatpatchError(
-            f"{which} of {dictionary.name!r} differs between the runs at {position!r}: expected one that does; choose another "
-            "feature or position"
+            f"feature {feature} of {dictionary.name!r} is the same in both runs of every pair at {position!r}: expected one "
+            "that differs; choose another feature or position"
         )
     part = RandomPart(dictionary, int(own.indices[0]), position, n, seed)
     random = replace(study, parts=[part]).complete(progress=progress)

@@ -136,7 +136,7 @@ def feature_study(
         only: the nodes that are patched; None for all.
         joint: as in `combined_by`.
     """
-    check_pairs(pairs, by_label=True)
+    check_pairs(pairs, by_label=True, model=model, saes=saes)
     lens = wrap(model)
     found = dictionaries(lens, saes)
     about: dict[str, Any] = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, get_args
 
 import torch
@@ -23,7 +23,7 @@ from featpatch.errors import FeatpatchError, check_choices, each
 from featpatch.model.lens import Edit, Lens, added
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Combine, Direction, Node, Patch, Position, joint
-from featpatch.pairs.pair import Pair, spans
+from featpatch.pairs.pair import Pair, spans_of
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import Part, Swap
 from featpatch.patching.components import HeadPart, WholePart, neuron_part
@@ -218,14 +218,14 @@ def node_study(
     Raises:
         FeatpatchError: a node can't be patched, or not with the others.
     """
-    check_pairs(pairs)
+    check_pairs(pairs, model=model, saes=saes, nodes=nodes)
     lens = wrap(model)
     found = dictionaries_if_any(lens, saes)
     rows, patches = _asked(lens, nodes, found, together)
     single = tuple(row for row in rows if row not in patches)
     every = tuple(dict.fromkeys([*single, *(node for some in patches.values() for node in some)]))
     positions = list(dict.fromkeys(end for node in every for end in _ends(node.position)))
-    each(partial(spans, positions=positions), list(pairs))  # raises errors of positions, which together=False does not mend
+    spans_of(pairs, positions)  # raises errors of positions, which together=False does not mend
     parts = _parts(lens, single, found, options.combine)
     _check_parts(parts, pairs)
     combine = _combine(every if patches else (), found, options.combine)

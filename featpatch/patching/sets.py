@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
-from featpatch.errors import FeatpatchError, check_kinds, is_integer, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers, decimal, is_integer
 from featpatch.frame import Frame
 from featpatch.nodes import DIRECTIONS, EFFECTS, Combine, Direction, Effect, Node, Patch, Position, check_directions
 from featpatch.pairs.pair import Positions
@@ -285,7 +285,8 @@ class Selection:
         verb, value = "bring back" if self.effect == "recovery" else "cost", self.effects.pooled(self.effect)[-1]
         short = "" if self.reached else f", short of {self.target:.0%}"
         more = f" and {len(self.features) - SHOWN} more" if len(self.features) > SHOWN else ""
-        return f"{len(self.features)} features {verb} {value:.0%}{short}: {', '.join(map(str, self.features[:SHOWN]))}{more}"
+        share = f"{decimal(value, '.0%')}{short}"
+        return f"{len(self.features)} features {verb} {share}: {', '.join(map(str, self.features[:SHOWN]))}{more}"
 
 
 def select_features(
@@ -331,12 +332,9 @@ def select_features(
         >>> len(chosen.features), chosen.reached
         (3, False)
     """
-    check_kinds(str, effect=effect)
-    if effect not in EFFECTS or not _fits(target, candidates, most):
-        raise FeatpatchError(
-            f"effect={effect!r}, target={target}, candidates={candidates}, most={most}: expected effect to be 'recovery' or "
-            "'degradation', target above 0 (such as 0.8), and candidates and most 1 or more"
-        )
+    check_choices(tuple(EFFECTS), effect=effect)
+    check_fractions(target=target)
+    check_numbers(1, candidates=candidates, most=most)
     asked = Sets.of(model, saes, pairs, position, Options(metric=metric, batch_rows=batch_rows, combine=combine))
     way = (EFFECTS[effect],)
     single = replace(asked.study, directions=way).complete(progress=progress)
@@ -362,7 +360,3 @@ def select_features(
     effects = asked.measured([chosen[: size + 1] for size in range(len(chosen))], DIRECTIONS, progress=False)
     features: Any = list(map(asked.shown, chosen))
     return Selection(features, chosen, effects, effect, target, reached >= target)
-
-
-def _fits(target: float, candidates: int, most: int) -> bool:
-    return is_number(target) and target > 0 and all(is_integer(n) and n > 0 for n in (candidates, most))

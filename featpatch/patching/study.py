@@ -28,7 +28,7 @@ from featpatch.metrics import check_gap
 from featpatch.model.lens import Lens
 from featpatch.model.transport import packed, unpacked
 from featpatch.nodes import DIRECTIONS, Combine, Direction, check_directions
-from featpatch.pairs.pair import Positions, Reading, Wanted, lengths_if_pooled, spans
+from featpatch.pairs.pair import Positions, Reading, Wanted, lengths_if_pooled, spans_of
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
 from featpatch.patching.changes import Part, Swap
 from featpatch.patching.noise import Noise, over_draws
@@ -130,7 +130,7 @@ class Study:
         alone = noise is not None or contrast is not None
         known = check_pairs(pairs, by_label=True) if alone else check_counterfactual(pairs, by_label=True)
         readings = readings_of(read, known, lens)
-        wanted = [spans(pair, options.positions) for pair in pairs]
+        wanted = spans_of(pairs, options.positions)
         if not alone and lens.causal and "nodes" not in about:  # named nodes always have rows
             _warn_of_the_unchanged(pairs, wanted)
         hooks = sorted({hook for part in parts for hook in part.hooks})

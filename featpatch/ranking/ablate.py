@@ -96,7 +96,7 @@ def ablate(
         >>> pushing.unit, pushing.value
         ('of logit', 'estimate')
     """
-    check_pairs(pairs, by_label=True)
+    check_pairs(pairs, by_label=True, model=model)
     options = {"batch_rows": batch_rows, "journal": journal, "executor": executor}
     gradients = gradients_of(method, model, pairs, metric, options)
     lens = wrap(model)

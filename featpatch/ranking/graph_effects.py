@@ -12,7 +12,7 @@ from scipy.stats import rankdata, spearmanr
 
 from featpatch import sites
 from featpatch.effects.audit import Array
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, decimal
 from featpatch.frame import Frame
 from featpatch.model.lens import Lens
 from featpatch.model.projections import rounding
@@ -138,8 +138,8 @@ class GraphEffects:
 
     def __repr__(self) -> str:
         return visible(
-            f"exact effects of {counted(len(self.nodes), 'node')} of a graph: Spearman {self.spearman:.2f} of influence with "
-            f"their size, {self.spearman_predicted:.2f} of the predicted with the exact effects\n{self.to_pandas(10)}"
+            f"exact effects of {counted(len(self.nodes), 'node')} of a graph: Spearman {decimal(self.spearman)} of influence "
+            f"with their size, {decimal(self.spearman_predicted)} of the predicted with the exact effects\n{self.to_pandas(10)}"
         )
 
 

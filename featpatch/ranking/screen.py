@@ -13,7 +13,7 @@ from featpatch.effects.audit import needed, provable, sample_sizes, without_esti
 from featpatch.effects.collector import concatenated
 from featpatch.effects.frames import TOP
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers, is_number
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_fractions, check_numbers
 from featpatch.nodes import EFFECTS, RANKED, Node
 from featpatch.patching.study import Study
 
@@ -73,10 +73,8 @@ class Screen:
             check_method(method)
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise FeatpatchError(f"method={self.method!r}: expected a method of estimation, or several, each once")
-        if self.target is not None and not (is_number(self.target) and 0 < self.target <= 1):
-            raise FeatpatchError(
-                f"target={self.target!r}: expected a fraction above 0 and at most 1, or None for a single sample"
-            )
+        if self.target is not None:
+            check_fractions(target=self.target)
         for name, kind in (("k", int), ("audit", int), ("target", float), ("top", int), ("seed", int)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, kind(getattr(self, name)))  # NumPy's numbers can't be saved as metadata

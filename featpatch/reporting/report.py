@@ -19,7 +19,7 @@ from featpatch.diagram.viewers import sections
 from featpatch.effects.collector import check_saes
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
-from featpatch.files import check_writable
+from featpatch.files import check_writable, path_to_write
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
@@ -119,7 +119,7 @@ def report(
         raise FeatpatchError("texts without saes: expected SAEs, whose feature cards show examples from them; leave texts out")
     if texts is not None:
         check_texts(texts)
-    check_writable(path)
+    check_writable(path_to_write(path, ".html"))
     figures = {} if curve is None else {"How many features does it take?": _growth(curve)}
     if estimate is not None:
         figures["Estimated against exact effects"] = _calibrated(calibrate(estimate, effects))

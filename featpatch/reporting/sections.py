@@ -15,7 +15,7 @@ from featpatch import sites
 from featpatch.effects.frames import TOP, brief, pairs_by_value, sample
 from featpatch.effects.statistics import CONFIDENCE, RESAMPLES, SEED, bounds
 from featpatch.effects.table import Effects
-from featpatch.errors import counted
+from featpatch.errors import counted, decimal
 from featpatch.nodes import Effect, Node
 from featpatch.page.charts import Bar, Points, bars, grid, points, strips
 from featpatch.page.page import Block, Section, block, page, table
@@ -180,7 +180,7 @@ def _chart(rows: Effects, material: Material) -> Block:
 
 def _number(value: float, low: float, high: float) -> str:
     """Return an effect with its interval, if there is one."""
-    return f"{value:.3f}" + ("" if low != low else f"  [{low:.3f}, {high:.3f}]")
+    return decimal(value, ".3f") + ("" if low != low else f"  [{decimal(low, '.3f')}, {decimal(high, '.3f')}]")
 
 
 def _question(effects: Effects, material: Material) -> Section | None:
@@ -190,8 +190,8 @@ def _question(effects: Effects, material: Material) -> Section | None:
     prompts = [
         {
             **vars(prompt),
-            "reading": f"{metric} clean {clean:.2f}"
-            + (f", corrupted {corrupted:.2f}, gap {clean - corrupted:.2f}" if effects.has_gap else ""),
+            "reading": f"{metric} clean {decimal(clean)}"
+            + (f", corrupted {decimal(corrupted)}, gap {decimal(clean - corrupted)}" if effects.has_gap else ""),
         }
         for prompt, clean, corrupted in zip(material.prompts[:PROMPTS], effects.clean, effects.corrupted, strict=False)
     ]
@@ -256,7 +256,7 @@ def _ranking(effects: Effects, material: Material) -> Section:
 def intervals(frame: pd.DataFrame, column: str) -> list[str]:
     """Return the interval of each value of a column; empty where there is none."""
     ends = zip(frame[f"{column}_low"], frame[f"{column}_high"], strict=True)
-    return ["" if low != low else f"{low:.3f} to {high:.3f}" for low, high in ends]
+    return ["" if low != low else f"{decimal(low, '.3f')} to {decimal(high, '.3f')}" for low, high in ends]
 
 
 def _shown(effects: Effects) -> Effects:

@@ -45,7 +45,9 @@ class Adapted:
     def __repr__(self) -> str:
         hooks = " -> ".join(dict.fromkeys((self.hook, self.hook_out)))
         named = f"{self.name} ({hooks})" if self.name and self.name != hooks else hooks
-        return visible(f"{type(self.coder).__name__} at {named}, width {self.d_in}{', with a skip path' if self.skip else ''}")
+        kind = type(self.coder).__name__
+        kind = "dictionary" if kind.startswith("_") else kind  # that of a baseline or a direction
+        return visible(f"{kind} at {named}, width {self.d_in}{', with a skip path' if self.skip else ''}")
 
 
 def adapt(

@@ -68,6 +68,11 @@ def with_owner(lens: Lens, node: Node, found: Sequence[Dictionary]) -> tuple[Nod
     if node.kind in COMPONENT_KINDS:
         return replace(node, site=lens.site(node.site)), None
     fitting = _owners(lens, node, found)
+    if not found:
+        raise FeatpatchError(
+            f"node {str(node)!r} is of the SAE {node.sae or node.site!r}, and no SAEs were passed: expected this SAE; pass "
+            "saes=[...]"
+        )
     if len(fitting) != 1:
         raise FeatpatchError(
             f"node {str(node)!r} (sae={node.sae!r}) belongs to {len(fitting)} of the SAEs passed "
@@ -115,15 +120,17 @@ def check_nodes(lens: Lens, nodes: Any, owners: Sequence[Dictionary], name: str)
     given = getattr(nodes, "nodes", nodes)
     chosen = [LOGITS if node == "logits" else node for node in given] if isinstance(given, (list, tuple)) else []
     if not chosen or not all(isinstance(node, Node) for node in chosen) or len(set(chosen)) < len(chosen):
+        single = f"; write {name}=[...]" if isinstance(nodes, Node) else ""
+        logit = "; write 'logits' for the output" if "logit" in chosen else ""
         raise FeatpatchError(
             f"{name}={nodes!r}: expected a list of nodes, each once, or a table of effects, whose rows are then the nodes"
+            f"{single}{logit}"
         )
     for number, node in enumerate(chosen):
         if node == LOGITS:
             continue
-        if node.kind in CODED and len(fitting := _owners(lens, node, owners)) == 1:
-            chosen[number] = _belonging(lens, node, fitting[0])
-        node = chosen[number]
+        if node.kind in CODED:
+            chosen[number] = node = with_owner(lens, node, owners)[0]
         owner = next((dictionary for dictionary in owners if dictionary.name == node.sae), None)
         if node.kind in COMPONENT_KINDS and node.sae:
             raise FeatpatchError(f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for an {node.kind}")

@@ -163,7 +163,7 @@ STEER = ("steer", "--sae", "nowhere/at-all", "--prompt", "a", "--feature", "1")
             "an estimate (--method atp) with --screen: expected it only with --method exact",
         ),
         ((*RANK, "--screen", "--k=-5"), "--k -5: expected an integer, 1 or more"),
-        ((*RANK, "--screen", "--target", "4"), "--target 4.0: expected a fraction above 0 and at most 1; leave it out"),
+        ((*RANK, "--screen", "--target", "4"), "--target 4.0: expected a fraction above 0, up to 1"),
         ((*RANK, "--executor", "threads"), "--executor threads: expected 'serial', 'ray'"),
         (("components", "--sites", "foo,z"), "--sites foo,z: expected some of resid_pre"),
         (("components", "--sites", "z,blocks.1.attn.hook_z"), "and nothing else; run the command once per layer"),

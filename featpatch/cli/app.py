@@ -81,7 +81,6 @@ PHRASES = {
     r", or a function metric\(.*": "",
     r"one name or one function; call this once for each metric": "one metric; run the command once for each",
     r", or an object such as fp\.Ray\(\.\.\.\)": "",
-    r", or None for a single sample": "; leave it out for a single sample",
     r"give short names and layers=\.\.\., or call this function once per layer": "run the command once per layer",
     r"a file written by Effects\.save": "an effects.safetensors file of rank, components or demo",
     r"pass them with saes=, or --sae for each": "pass each with --sae",

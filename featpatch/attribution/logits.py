@@ -413,11 +413,7 @@ def _replaced(term: Term, site: str) -> bool:
 
 
 def _check_sums(lens: Lens, result: LogitAttribution) -> None:
-    """Check that contributions sum to the logit, with and without each SAE.
-
-    Raises:
-        FeatpatchError: they do not.
-    """
+    """Raise a FeatpatchError unless contributions sum to the logit, with and without each SAE."""
     size = np.abs(result.values).max() + np.abs(result.total).max()
     for sae in ("", *result.replaces):
         off = np.abs(result.residual(sae)).max()

@@ -57,11 +57,7 @@ class Receiving:
 
     @classmethod
     def of(cls, lens: Lens, node: Node, found: Sequence[Dictionary]) -> "Receiving":
-        """Return the receiver for a node.
-
-        Raises:
-            FeatpatchError: if paths into the node can't be estimated.
-        """
+        """Return the receiver for a node; raise a FeatpatchError if paths into the node can't be estimated."""
         if node == LOGITS:
             last = sites.resid_post(lens.n_layers - 1)
             return cls(node, last, last)
@@ -125,7 +121,7 @@ def estimate_paths(
     cost nothing. A receiver that is inactive in the base run has no gradient, so its paths are estimated as 0.
 
     Raises:
-        FeatpatchError: if the input is unusable, or the gradients are not those of one point, the base run.
+        FeatpatchError: the input is unusable, or the gradients are not those of one point, the base run.
     """
     source, pairs, lens = gradients, gradients.pairs, gradients.lens
     found = dictionaries_if_any(lens, saes)
@@ -187,11 +183,7 @@ def _by_edge(found: Sequence[Estimates], senders: Collection[Node], receiving: S
 
 
 def _estimators(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> list[Estimator]:
-    """Return estimators that cover the senders.
-
-    Raises:
-        FeatpatchError: if a node can't be a sender.
-    """
+    """Return estimators that cover the senders; raise a FeatpatchError if a node can't be a sender."""
     estimators: dict[tuple[str, str], Estimator] = {}
     for node in senders:
         owner = next((d for d in found if d.name == node.sae and d.writes == node.site), None)

@@ -55,7 +55,7 @@ class EdgeGraph(EdgeRuns):
         """Check the pairs as in `Graph.check`, the dictionaries, and that the model's parts add up to the model.
 
         Raises:
-            FeatpatchError: if they do not, because of an unusual layer or quantised weights, or a dictionary's nodes can't be
+            FeatpatchError: they do not, because of an unusual layer or quantised weights, or a dictionary's nodes can't be
                 mediators.
         """
         for place, group in self.mediators.items():

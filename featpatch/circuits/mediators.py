@@ -44,11 +44,7 @@ class Mediators:
 
     @classmethod
     def of(cls, dictionary: Dictionary, named: Sequence[Node]) -> "Mediators":
-        """Make mediators of the named nodes of a dictionary.
-
-        Raises:
-            FeatpatchError: if the dictionary's decoder is not linear, so that features have no fixed directions.
-        """
+        """Make mediators of the named nodes of a dictionary; raise a FeatpatchError unless its decoder is linear."""
         if not dictionary.behaviour.linear:
             raise FeatpatchError(
                 f"{dictionary.name} ({dictionary.codec.kind}): expected, for edges, a dictionary with a linear decoder; leave "
@@ -66,11 +62,7 @@ class Mediators:
 
     @property
     def place(self) -> Place:
-        """The place of the mediators.
-
-        Raises:
-            FeatpatchError: if the dictionary's hook points are not those of such a place.
-        """
+        """The place of the mediators; raises a FeatpatchError if the dictionary's hook points are not those of one."""
         reads, writes = self.dictionary.reads, self.dictionary.writes
         layer = sites.layer_of(writes)
         of_mlp = writes == sites.component(layer, "mlp_out") and sites.seen_at(reads) == (layer, "mid")
@@ -133,7 +125,7 @@ class Mediators:
         """Return the outputs of some named nodes that have the same input.
 
         Raises:
-            FeatpatchError: if a gradient is needed and the dictionary's encoder has none.
+            FeatpatchError: a gradient is needed and the dictionary's encoder has none.
         """
         codec = self.dictionary.codec
         code = codec.encode(read.flatten(0, -3))
@@ -164,7 +156,7 @@ class Mediators:
             length: their number of tokens.
 
         Raises:
-            FeatpatchError: if two nodes are the same feature, or both the error, at the same position.
+            FeatpatchError: two nodes are the same feature, or both the error, at the same position.
         """
         found = torch.zeros(len(self.named), len(some), length, dtype=torch.bool)
         for n, node in enumerate(self.named):
@@ -184,7 +176,7 @@ def mediators_of(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary])
     """Return the mediators for some features and error terms, by place.
 
     Raises:
-        FeatpatchError: if a node is not a feature or error of a dictionary, a dictionary can't provide mediators, or two
+        FeatpatchError: a node is not a feature or error of a dictionary, a dictionary can't provide mediators, or two
             dictionaries are at the same place.
     """
     by_name = {dictionary.name: dictionary for dictionary in found}

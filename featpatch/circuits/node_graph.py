@@ -56,8 +56,8 @@ class NodeGraph(Graph):
         """Check the pairs as in `Graph.check`, and that every node can be ablated.
 
         Raises:
-            FeatpatchError: if a node has another kind, its dictionary is not among those given, its activation can't be set, it
-                is in several candidates, or the nodes at a hook point include both features and heads or the whole activation.
+            FeatpatchError: a node has another kind, its dictionary is not among those given, its activation can't be set, it is
+                in several candidates, or the nodes at a hook point include both features and heads or the whole activation.
         """
         super().check()
         known = {dictionary.name: dictionary.writes for dictionary in self.dictionaries}

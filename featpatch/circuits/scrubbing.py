@@ -106,7 +106,7 @@ def scrub(
         The share of the behaviour that is recovered, its 95 % bootstrap interval over prompts, and the metric of each prompt.
 
     Raises:
-        FeatpatchError: if the input is unusable, the prompts have unequal lengths, or a node is not in the model's graph.
+        FeatpatchError: the input is unusable, the prompts have unequal lengths, or a node is not in the model's graph.
 
     Examples:
         >>> template = "When {IO} and {S1} went to the {place}, {S2} gave a {object} to"
@@ -258,7 +258,7 @@ class _Run:
         """Draw, for each prompt, a random prompt with the same label, possibly itself.
 
         Raises:
-            FeatpatchError: if a label raises an exception or returns an unhashable value.
+            FeatpatchError: a label raises an exception or returns an unhashable value.
         """
         if label not in self._alike:
             groups: dict[Hashable, list[int]] = {}

@@ -159,11 +159,7 @@ class Model:
         return weight
 
     def check_room(self, length: int, count: int) -> None:
-        """Check that `count` tokens can be generated after a prompt of a given length.
-
-        Raises:
-            FeatpatchError: the model's context is too short.
-        """
+        """Raise a FeatpatchError unless `count` tokens can be generated after a prompt of a given length."""
         if self.n_ctx is not None and length + count > self.n_ctx:
             raise FeatpatchError(
                 f"a prompt of {length} tokens and tokens={count}: expected at most {self.n_ctx} together, the model's context; "
@@ -318,11 +314,7 @@ def check_tokens(pairs: Pairs, lens: Model, continuations: Continuations = NONE)
 
 
 def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
-    """Check that prompts do not begin or end with padding or begin with two BOS; warn if padding may also be BOS or EOS.
-
-    Raises:
-        FeatpatchError: a prompt begins with two BOS, or certainly begins or ends with padding.
-    """
+    """Raise a FeatpatchError if prompts are padded or begin with two BOS; warn if what may be padding is also BOS or EOS."""
     if tokenizer is None:
         return
     bos = getattr(tokenizer, "bos_token_id", None)

@@ -25,11 +25,7 @@ _one_at_a_time, _check_call = RLock(), subprocess.check_call
 
 
 def check_device(device: str) -> None:
-    """Check that a device is available.
-
-    Raises:
-        FeatpatchError: torch can't put a tensor on it.
-    """
+    """Raise a FeatpatchError unless torch can put a tensor on a device."""
     check_kinds(str, device=device)
     try:
         torch.zeros(1, device=device)
@@ -49,11 +45,7 @@ def numerically(names: Iterable[str]) -> list[str]:
 
 
 def check_there(what: str, source: str | Path) -> None:
-    """Check that a path exists, before the hub is asked for it.
-
-    Raises:
-        FeatpatchError: there is nothing at a path that can't be a name on the hub.
-    """
+    """Raise a FeatpatchError if nothing is at a path that can't be a name on the hub, before the hub is asked for it."""
     path = as_path(source)
     if str(source).startswith((".", "/", "~")) and not path.exists():
         raise FeatpatchError(

@@ -152,7 +152,7 @@ def top_k_curve(
         The curve, with a table of one row per dictionary, position and k, and a figure.
 
     Raises:
-        FeatpatchError: if the input is unusable.
+        FeatpatchError: the input is unusable.
 
     Examples:
         >>> curve = fp.top_k_curve(model, saes[0], pairs, most=8, positions=["S2"], progress=False)

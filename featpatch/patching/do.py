@@ -74,8 +74,8 @@ def choose(
         places: returns the token indices of a node.
 
     Raises:
-        FeatpatchError: if a hook point is unknown, a node belongs to no dictionary or to several, an index or position is out
-            of range, or nodes overlap.
+        FeatpatchError: a hook point is unknown, a node belongs to no dictionary or to several, an index or position is out of
+            range, or nodes overlap.
     """
     masks: dict[tuple[str, str], Chosen] = {}
     for node in patch.nodes:
@@ -104,8 +104,8 @@ def _columns(node: Node, part: Chosen, lens: Lens) -> slice:
     """Return the slice of features or coordinates that a node stands for.
 
     Raises:
-        FeatpatchError: if the index is out of range, a head is named where the activation has no heads, or nodes of this kind
-            name no values by themselves.
+        FeatpatchError: the index is out of range, a head is named where the activation has no heads, or nodes of this kind name
+            no values by themselves.
     """
     if node.kind == "all_features":
         return slice(None)
@@ -127,12 +127,7 @@ def _columns(node: Node, part: Chosen, lens: Lens) -> slice:
 
 
 def _check_apart(node: Node, site: str, where: list[int], masks: dict[tuple[str, str], Chosen]) -> None:
-    """Check that no value would be patched twice.
-
-    Raises:
-        FeatpatchError: if a node overlaps others at the same hook point: a whole activation and a part of it, or SAE nodes and
-            components.
-    """
+    """Raise a FeatpatchError if a node would patch a value that other nodes at the hook point patch too."""
     for part in (part for (other, _), part in masks.items() if other == site):
         mixed = (part.dictionary is None) != (node.kind in COMPONENT_KINDS)
         whole = part.dictionary is None and bool(node.kind == "activation" or part.rest[where].any())
@@ -147,7 +142,7 @@ def positions_in(node: Node, length: int, pair: Pair | None) -> list[int]:
     """Return the token indices of a node in a prompt of `length` tokens, that of a pair if it is given.
 
     Raises:
-        FeatpatchError: if the position is out of range, or a label that the pair lacks, or a label without a pair.
+        FeatpatchError: the position is out of range, a label that the pair lacks, or a label without a pair.
     """
     try:
         if pair is not None:
@@ -207,9 +202,9 @@ def do(
         calls that cover the source's positions; the tokens that continue a cached generation are left unchanged.
 
     Raises:
-        FeatpatchError: if a hook point is unknown, an index or position is out of range, the prompts have unequal lengths,
-            tokens begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter
-            than the source, another `do` on this model has not ended, or the patch was never applied.
+        FeatpatchError: a hook point is unknown, an index or position is out of range, the prompts have unequal lengths, tokens
+            begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter than the
+            source, another `do` on this model has not ended, or the patch was never applied.
 
     Examples:
         >>> import torch
@@ -301,11 +296,7 @@ def do(
 
 
 def _rows(name: str, tokens: Any) -> Int[torch.Tensor, "batch pos"]:
-    """Return token ids or a mask as a table of integers, one row per prompt.
-
-    Raises:
-        FeatpatchError: if they are not a tensor of integers `[batch, pos]` or `[pos]`.
-    """
+    """Return token ids or a mask as a table of one row per prompt; raise a FeatpatchError unless they are integers."""
     if not isinstance(tokens, torch.Tensor):
         other = ", or activations from model.run_with_cache(text)" if name == "source" else ""
         raise FeatpatchError(
@@ -322,7 +313,7 @@ def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> 
     """Return the attention mask of some prompts, or None if none is given and there is no padding.
 
     Raises:
-        FeatpatchError: if there is padding but no mask, or the mask does not fit the prompts.
+        FeatpatchError: there is padding but no mask, or the mask does not fit the prompts.
     """
     tokenizer = lens.tokenizer
     if given is None:
@@ -349,7 +340,7 @@ def _shown(
     """Return a mask of the positions at which every run has a token, or None if no run has a mask.
 
     Raises:
-        FeatpatchError: if a node is at a position that is padding in one of the runs.
+        FeatpatchError: a node is at a position that is padding in one of the runs.
     """
     if all(mask is None for mask in masks):
         return None
@@ -366,11 +357,7 @@ def _shown(
 
 
 def check_settable(lens: Lens, group: Chosen) -> None:
-    """Check that `how="set"` is possible at a hook point.
-
-    Raises:
-        FeatpatchError: if the dictionary reads after it writes, or the activation is not the residual stream itself.
-    """
+    """Raise a FeatpatchError if `how="set"` is not possible, for a dictionary that reads after it writes or for a copy."""
     site = group.site
     if sites.highest(group.hooks - {site}, lens.n_layers) > sites.layer_of(site):
         raise FeatpatchError(

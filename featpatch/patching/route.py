@@ -205,7 +205,7 @@ def receiver_of(lens: Lens, node: Node, found: Sequence[Dictionary]) -> Receiver
     """Return the receiver for a node.
 
     Raises:
-        FeatpatchError: if no path can end at the node, or its dictionary is not among those given.
+        FeatpatchError: no path can end at the node, or its dictionary is not among those given.
     """
     if node == LOGITS:
         last = sites.resid_post(lens.n_layers - 1)
@@ -250,7 +250,7 @@ class Senders:
         """Make senders of nodes: features and errors of these dictionaries, heads (at `hook_z`) and whole activations.
 
         Raises:
-            FeatpatchError: if a node has another kind or hook point, or its dictionary is not among those given.
+            FeatpatchError: a node has another kind or hook point, or its dictionary is not among those given.
         """
         by_name = {dictionary.name: dictionary for dictionary in found}
         parts: dict[tuple[str, str], Part] = {}

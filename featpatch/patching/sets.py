@@ -188,7 +188,7 @@ def interactions(
         (`_low`, `_high`).
 
     Raises:
-        FeatpatchError: if the input is unusable, or there are fewer than two features.
+        FeatpatchError: the input is unusable, or there are fewer than two features.
 
     Examples:
         >>> table = fp.interactions(model, saes[0], pairs, top=3, position="S2", progress=False)
@@ -228,11 +228,7 @@ def interactions(
 
 
 def _given(asked: Sets, features: Any) -> list[Node]:
-    """Return the nodes of features that the user names.
-
-    Raises:
-        FeatpatchError: one is unknown, or at another position.
-    """
+    """Return the nodes of features that the user names; raise a FeatpatchError if one is unknown or at another position."""
     given: list[Any] | None = None
     if isinstance(features, (Sequence, Effects)):
         given = list(features.nodes if isinstance(features, Effects) else features)
@@ -325,7 +321,7 @@ def select_features(
         The features in the order in which they were selected, with the effects of the growing sets in both directions.
 
     Raises:
-        FeatpatchError: if the input is unusable, or no feature differs.
+        FeatpatchError: the input is unusable, or no feature differs.
 
     Examples:
         >>> chosen = fp.select_features(model, saes[0], pairs, candidates=16, most=3, position="S2", progress=False)

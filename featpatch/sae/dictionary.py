@@ -63,20 +63,12 @@ class Dictionary:
 
     @property
     def reads(self) -> str:
-        """The only hook point that the dictionary reads.
-
-        Raises:
-            FeatpatchError: it reads or writes several.
-        """
+        """The only hook point that the dictionary reads; raises a FeatpatchError if it reads or writes several."""
         return self._only(self.inputs)
 
     @property
     def writes(self) -> str:
-        """The only hook point that the dictionary writes.
-
-        Raises:
-            FeatpatchError: it reads or writes several.
-        """
+        """The only hook point that the dictionary writes; raises a FeatpatchError if it reads or writes several."""
         return self._only(self.outputs)
 
     def _only(self, hooks: tuple[str, ...]) -> str:

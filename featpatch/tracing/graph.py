@@ -133,11 +133,7 @@ class _Logits:
 
     @classmethod
     def of(cls, lens: Lens, path: FrozenPath, tokens: torch.Tensor, wanted: Any) -> "_Logits":
-        """Choose the target logits.
-
-        Raises:
-            FeatpatchError: a target is not a token.
-        """
+        """Choose the target logits; raise a FeatpatchError if a target is not a token."""
         head, last = head_from(lens.model), tokens.shape[1] - 1
         like, final = path.streams[0], path.streams[-1]
         answer = wide(lens.answer(tokens, torch.tensor([last])))[0].to(like)
@@ -272,11 +268,7 @@ class _Builder:
 
 
 def _check_sums(lens: Lens, graph: AttributionGraph) -> None:
-    """Check that the inputs of each node sum to its value.
-
-    Raises:
-        FeatpatchError: they do not.
-    """
+    """Raise a FeatpatchError unless the inputs of each node sum to its value."""
     off = abs(graph.residual())
     size = max(abs(graph.values[graph.targets]).max(), abs(graph.adjacency).sum(1).max(), 1e-30)
     if not off.max() <= 4 * rounding(lens) * size:

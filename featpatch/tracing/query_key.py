@@ -179,11 +179,7 @@ def qk_attribution(
 
 
 def _index(prompt: Any, name: str, position: Any, length: int) -> int:
-    """Return the token index of a position.
-
-    Raises:
-        FeatpatchError: it is not the position of one token.
-    """
+    """Return the token index of a position; raise a FeatpatchError unless it is the position of one token."""
     if is_integer(position):
         return token_index(int(position), length)
     labels = prompt.labels if isinstance(prompt, Pair) else {}
@@ -290,11 +286,7 @@ class _Sides:
 
 
 def _check_pattern(lens: Lens, layer: Layer, scores: torch.Tensor, pattern: torch.Tensor) -> None:
-    """Check that the softmax of the scores is the attention of the model.
-
-    Raises:
-        FeatpatchError: it is not.
-    """
+    """Raise a FeatpatchError unless the softmax of the scores is the attention of the model."""
     seen = pattern > 0
     expected = torch.where(seen, soft_capped(scores, layer.softcap), -torch.inf).softmax(0)
     off = float((expected - pattern).abs().max())

@@ -19,7 +19,7 @@ from featpatch.diagram.draw import figure
 from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
 from featpatch.effects.statistics import interval
-from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, decimal, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted, decimal, is_number
 from featpatch.nodes import Edge, Node
 from featpatch.page.page import Plotted, write
 from featpatch.pairs.pairs import Pairs
@@ -387,8 +387,8 @@ class Circuit(Plotted):
         single = " A single pair gives no interval." if np.isnan(low) else ""
         return (
             f"These {len(self.items):,} of {len(self.graph.items):,} {self.metadata['over']} alone keep "
-            f"{decimal(self.faithfulness, '.0%')}{between} of the behaviour, exactly measured over {len(self.graph.pairs)} "
-            f"pairs, while all others are ablated to {self.graph.to} values.{single}"
+            f"{decimal(self.faithfulness, '.0%')}{between} of the behaviour, exactly measured over "
+            f"{counted(len(self.graph.pairs), 'pair')}, while all others are ablated to {self.graph.to} values.{single}"
         )
 
     def __repr__(self) -> str:
@@ -397,7 +397,7 @@ class Circuit(Plotted):
         return (
             f"circuit of {len(self.items)} of {len(self.graph.items)} {self.metadata['over']} ({self._search()}), "
             f"complement ablated to {self.graph.to} values: faithfulness {decimal(self.faithfulness)}{between}, exact, over "
-            f"{len(self.graph.pairs)} pairs"
+            f"{counted(len(self.graph.pairs), 'pair')}"
         )
 
     def _search(self) -> str:

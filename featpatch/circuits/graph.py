@@ -22,7 +22,7 @@ from featpatch.circuits.clean_runs import Array, CleanRuns
 from featpatch.effects.collector import provenance
 from featpatch.engine.journal import Journal, batch_key
 from featpatch.engine.sweep import LONG
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, counted
 from featpatch.files import as_path
 from featpatch.metrics import check_gap
 from featpatch.nodes import Node
@@ -175,7 +175,8 @@ class Graph(CleanRuns):
         count = len(self.items)
         found, size = np.zeros((count, len(self.pairs))), max(1, min(MASKS_AT_ONCE, MASK_BYTES // count))
         if progress:
-            tqdm.write(f"{count:,} items in {len(self.pairs)} pairs, each ablated in a row of its own", file=sys.stderr)
+            said = f"{counted(count, 'item')} in {counted(len(self.pairs), 'pair')}"
+            tqdm.write(f"{said}, each ablated in a row of its own", file=sys.stderr)
         with tqdm(total=count, desc="ablating", unit="item", disable=not progress) as bar:
             done = announcing(bar, count, lambda: self._busy)
             for start in range(0, count, size):

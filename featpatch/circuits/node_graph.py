@@ -27,6 +27,7 @@ from featpatch.model.backward import modified
 from featpatch.model.lens import Edit, added
 from featpatch.nodes import Edge, Node
 from featpatch.patching.ablation import Everywhere
+from featpatch.patching.do import keeping
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary
 
@@ -160,7 +161,7 @@ class NodeGraph(Graph):
                 stack.enter_context(self.lens.edit(site, edits[site]))
             for dictionary in self._used():
                 if dictionary.reads != dictionary.writes:
-                    stack.enter_context(self.lens.edit(dictionary.reads, _recording(dictionary.reads, live)))
+                    stack.enter_context(self.lens.edit(dictionary.reads, keeping(dictionary.reads, live)))
             yield
 
     def components(self) -> list[tuple[Node, ...]]:
@@ -430,10 +431,6 @@ class _Gradients:
 def _rows(other: Any, rows: slice) -> Any:
     """Return some rows of ablation values."""
     return other.map(lambda values: values[rows]) if isinstance(other, Split) else other[rows]
-
-
-def _recording(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
-    return lambda activation: live.update({hook: activation})
 
 
 def _of_sae(name: str) -> Callable[[Node], bool]:

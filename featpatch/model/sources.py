@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from featpatch.errors import FeatpatchError, FeatpatchWarning, check_kinds
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_kinds, listed
 from featpatch.files import as_path
 from featpatch.threads import in_this_thread
 from featpatch.untrusted import short
@@ -133,8 +133,8 @@ def folder_with(path: str | Path, file: str, what: str) -> Path:
     """
     folder = Path(path)
     if not (folder / file).is_file():
-        names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
-        holds = f", which holds {', '.join(map(repr, names[:4]))}{', ...' if len(names) > 4 else ''}" if names else ""
+        names = sorted(repr(each.name) for each in folder.iterdir()) if folder.is_dir() else []
+        holds = f", which holds {listed(names, 4)}" if names else ""
         raise FeatpatchError(
             f"there is no {file} in {str(path)!r}{holds}: expected the folder of a saved {what} (a local folder takes "
             f"precedence over a name on the hub); give the path of the folder that holds the {what}'s {file}"

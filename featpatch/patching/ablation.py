@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError, each, is_finite, is_integer, is_number
+from featpatch.errors import FeatpatchError, counted, each, is_finite, is_integer, is_number
 from featpatch.model.cached import cached
 from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
@@ -202,8 +202,8 @@ class Statistic(Everywhere):
             prompts = [p for p in self.others.prompts if len(p.tokens) == length or not self.by_position]
             if not prompts:
                 raise FeatpatchError(
-                    f"there is no prompt of {length} tokens to take a mean by position over: expected at least one in "
-                    "`reference`; add prompts of that length, or pass to='mean'"
+                    f"there is no prompt of {counted(length, 'token')} to take a mean by position over: expected at least one "
+                    "in `reference`; add prompts of that length, or pass to='mean'"
                 )
             self._found[key] = self._over(prompts)
         index = of if isinstance(of, str) else next(i for i, each in enumerate(self.others.dictionaries) if each is of)
@@ -316,8 +316,8 @@ class Resampled(OtherPrompts):
         fitting = [tokens for tokens in prompts if len(tokens) == len(clean) and tokens != clean]
         if not fitting:
             raise FeatpatchError(
-                f"pair {index} has {len(clean)} tokens, and no other prompt has as many: expected one to resample from; pass "
-                "more prompts as reference=..., or another `to`"
+                f"pair {index} has {counted(len(clean), 'token')}, and no other prompt has as many: expected one to resample "
+                "from; pass more prompts as reference=..., or another `to`"
             )
         return Random(repr((self.others.seed, clean))).choice(fitting)
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.errors import FeatpatchError, check_kinds, counted, errors_about
 from featpatch.model.cached import cached
 from featpatch.model.lens import Fired, Lens
 from featpatch.model.transformer_lens import ActivationCache, wrap
@@ -144,13 +144,11 @@ def positions_in(node: Node, length: int, pair: Pair | None) -> list[int]:
     Raises:
         FeatpatchError: the position is out of range, a label that the pair lacks, or a label without a pair.
     """
-    try:
+    with errors_about(f"node {str(node)!r}"):
         if pair is not None:
             return pair.positions(node.position)
         if isinstance(node.position, int):
             return [token_index(node.position, length)]
-    except FeatpatchError as error:
-        raise FeatpatchError(f"node {str(node)!r}: {error}") from error
     if node.position != "all":
         raise FeatpatchError(
             f"node {str(node)!r} is at a label: expected a token index or 'all', or pair=..., whose labels it can name"
@@ -403,13 +401,13 @@ def _on_prompt(
             if total.count:
                 return None
             raise FeatpatchError(
-                f"the model was called with {activation.shape[1]} tokens inside a patch of {length}: expected at least "
-                f"{length}, the source's positions first"
+                f"the model was called with {counted(activation.shape[1], 'token')} inside a patch of {length}: expected at "
+                f"least {length}, the source's positions first"
             )
         if batch not in (1, len(activation)):
             raise FeatpatchError(
-                f"the model was called with {len(activation)} prompts inside a patch of {batch}: expected {batch}; use the "
-                "batch size of the source"
+                f"the model was called with {counted(len(activation), 'prompt')} inside a patch of {batch}: expected "
+                f"{batch}; use the batch size of the source"
             )
         delta = change(activation[:, :length])
         if shown is not None:

@@ -14,7 +14,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens.supported_models import MODEL_ALIASES
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, listed
 from featpatch.files import as_path, read_json
 from featpatch.model.sources import check_device, check_there, folder_with, near_folder, not_found, numerically
 from featpatch.sae import cross_formats
@@ -288,8 +288,8 @@ def _inside(folder: Path) -> list[str]:
 
 def _several(name: str, inside: Sequence[str]) -> str:
     """Return the error message for a folder or repository that holds several dictionaries."""
-    listed = ", ".join(inside[:40]) + (", ..." if len(inside) > 40 else "")
-    return f"{name!r} holds several dictionaries ({listed}): expected one; name it, such as {f'{name}/{inside[0]}'!r}"
+    example = f"{name}/{inside[0]}"
+    return f"{name!r} holds several dictionaries ({listed(inside, 40)}): expected one; name it, such as {example!r}"
 
 
 def _among(names: Iterable[str]) -> list[str]:

@@ -133,7 +133,9 @@ def check_nodes(lens: Lens, nodes: Any, owners: Sequence[Dictionary], name: str)
             chosen[number] = node = with_owner(lens, node, owners)[0]
         owner = next((dictionary for dictionary in owners if dictionary.name == node.sae), None)
         if node.kind in COMPONENT_KINDS and node.sae:
-            raise FeatpatchError(f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for an {node.kind}")
+            raise FeatpatchError(
+                f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for a node of kind {node.kind!r}"
+            )
         if node.kind == "edge" or node.site.endswith(TOGETHER):
             raise FeatpatchError(
                 f"{name}: {str(node)!r} does not say which values to patch: expected nodes such as features and heads; leave "

@@ -26,7 +26,7 @@ from featpatch.pairs.tokens import AnswerTokens
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.tracing.frozen import FrozenPath, Targets
 from featpatch.tracing.influence import Kinds, cumulative, influence, normalised, partial_influence, scores, totals
-from featpatch.tracing.prompt import prompt_of
+from featpatch.tracing.prompt import prompt_of, words_of
 from featpatch.tracing.result import AttributionGraph
 from featpatch.tracing.sources import Sources, sources
 
@@ -106,19 +106,15 @@ def attribution_graph(
     graph = replace(
         graph,
         prompt=tuple(ids),
-        words=_words(lens, ids),
+        words=words_of(lens, ids),
         text="" if lens.tokenizer is None else lens.tokenizer.decode(list(ids)),
-        answers=_words(lens, logits.tokens),
+        answers=words_of(lens, logits.tokens),
         model=lens.name,
         n_layers=lens.n_layers,
         source_set=known.pop() if len(known) == 1 else "",
     )
     _check_sums(lens, graph)
     return graph
-
-
-def _words(lens: Lens, ids: Sequence[int]) -> tuple[str, ...]:
-    return tuple(str(token) if lens.tokenizer is None else lens.tokenizer.decode([token]) for token in ids)
 
 
 @dataclass(frozen=True)

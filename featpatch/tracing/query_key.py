@@ -27,7 +27,7 @@ from featpatch.nodes import Node, Position
 from featpatch.pairs.pair import Pair, token_index
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary, dictionaries
-from featpatch.tracing.prompt import prompt_of
+from featpatch.tracing.prompt import prompt_of, words_of
 from featpatch.untrusted import visible
 
 Heads = Float[torch.Tensor, "parts d_head"]
@@ -171,7 +171,7 @@ def qk_attribution(
     products = sides.linear("query", ends[0], vectors[0]) @ sides.linear("key", ends[1], vectors[1]).T
     scores = sides.scores(ends[0])
     _check_pattern(lens, made, scores, wide(read[pattern])[0, head, ends[0]].to(scores))
-    words = [str(ids[at]) if lens.tokenizer is None else lens.tokenizer.decode([ids[at]]) for at in ends]
+    words = words_of(lens, [ids[at] for at in ends])
     values = (products * made.scale).cpu().numpy()
     return QueryKeyAttribution(
         parts[0], parts[1], values, float(scores[ends[1]]), int(layer), int(head), ends[0], ends[1], (words[0], words[1])

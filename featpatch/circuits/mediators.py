@@ -20,6 +20,7 @@ from featpatch.model.lens import Lens
 from featpatch.nodes import Node, Position
 from featpatch.sae.codec import gain
 from featpatch.sae.dictionary import Dictionary
+from featpatch.sae.nodes import names_of
 
 Place = tuple[int, Literal["pre", "z", "attn", "mid", "mlp"]]
 """A layer, and where its mediators are: in the residual stream before attention (`"pre"`) or before the MLP (`"mid"`), in the
@@ -122,18 +123,8 @@ class Mediators:
     def _parts(
         self, nodes: Sequence[Node], read: torch.Tensor, passing: torch.Tensor, where: torch.Tensor
     ) -> dict[Node, torch.Tensor]:
-        """Return the outputs of some named nodes that have the same input.
-
-        Raises:
-            FeatpatchError: a gradient is needed and the dictionary's encoder has none.
-        """
-        codec = self.dictionary.codec
-        code = codec.encode(read.flatten(0, -3))
-        if read.requires_grad and not code.features.requires_grad:
-            raise FeatpatchError(
-                f"{self.dictionary.name} ({codec.kind}) has an encoder without a gradient: expected an SAE from sae-lens; or "
-                "pass scores='exact'"
-            )
+        """Return the outputs of some named nodes that have the same input."""
+        codec, code = self.dictionary.codec, self.dictionary.encode(read.flatten(0, -3))
         features = code.features * gain(codec, code.state) if self.dictionary.behaviour.scaled else code.features
         found = {}
         for node in nodes:
@@ -184,9 +175,8 @@ def mediators_of(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary])
         owner = by_name.get(node.sae)
         if node.kind not in ("feature", "error") or owner is None or owner.writes != node.site:
             raise FeatpatchError(
-                f"node {str(node)!r}: expected a feature or error of "
-                f"{', '.join(sorted(by_name)) or 'an SAE (pass saes=...)'}; embedding, heads and MLPs need not be named, they "
-                "always have edges"
+                f"node {str(node)!r}: expected a feature or error of {names_of(found)}; embedding, heads and MLPs need not "
+                "be named, they always have edges"
             )
     made: dict[Place, Mediators] = {}
     for name in dict.fromkeys(node.sae for node in nodes):

@@ -30,6 +30,7 @@ from featpatch.patching.ablation import Everywhere
 from featpatch.patching.do import keeping
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary
+from featpatch.sae.nodes import names_of
 
 Errors = Literal["in", "out", "nodes"]
 """How error terms are treated: always kept, always ablated, or candidates like other nodes."""
@@ -75,7 +76,7 @@ class NodeGraph(Graph):
             if not of_sae and not head and node.kind != "activation":
                 raise FeatpatchError(
                     f"node {str(node)!r}: expected a feature or error of "
-                    f"{', '.join(sorted(known)) or 'an SAE (pass saes=...)'}, a head at hook_z, or a whole activation"
+                    f"{names_of(self.dictionaries)}, a head at hook_z, or a whole activation"
                 )
             if self.lens.carrier(self.lens.site(node.site)) != node.site:
                 raise FeatpatchError(

@@ -1,7 +1,7 @@
 """Nodes of dictionaries: features, errors and all features, and the dictionaries to which they belong."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -99,6 +99,11 @@ def _belonging(lens: Lens, node: Node, dictionary: Dictionary) -> Node:
     site = dictionary.outputs[own.index(node.site)] if node.site in own else node.site
     known = site in dictionary.outputs or site.endswith(TOGETHER)
     return replace(node, site=site if known else lens.site(site), sae=dictionary.name)
+
+
+def names_of(found: Iterable[Dictionary]) -> str:
+    """Return the names of dictionaries for an error that expects a node of one of them, or what to pass if there are none."""
+    return ", ".join(sorted(dictionary.name for dictionary in found)) or "an SAE (pass saes=...)"
 
 
 def together(dictionary: Dictionary) -> str:

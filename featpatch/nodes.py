@@ -205,3 +205,12 @@ def check_senders(nodes: Sequence[Node]) -> None:
         raise FeatpatchError(
             "'logits' is among the senders: expected it only among the receivers, because every path ends there"
         )
+
+
+def check_reached(reached: bool) -> None:
+    """Raise a FeatpatchError unless a receiver of paths is reached from a sender."""
+    if not reached:
+        raise FeatpatchError(
+            "no receiver is downstream of a sender: expected at least one path; choose receivers in later layers than "
+            "the senders"
+        )

@@ -298,7 +298,7 @@ def test_a_patch_that_never_fires(bridge: Small) -> None:
     ):
         bridge.model(bridge.corrupted[:, :4])
     with (
-        pytest.raises(fp.FeatpatchError, match="called with 1 prompts inside a patch of 3"),
+        pytest.raises(fp.FeatpatchError, match="called with 1 prompt inside a patch of 3"),
         fp.do(bridge.model, patch, **options),
     ):
         bridge.model(bridge.corrupted[:1])

@@ -151,7 +151,7 @@ def test_selection_ends_where_it_should(small: Small) -> None:
     assert (len(found.features), found.reached) == (2, True)
     assert str(found).startswith(f"2 features bring back {all_steps[1]:.0%}: ")
     one = fp.select_features(small.model, sae, pairs, target=1.0, **{**options, "most": 1})
-    assert str(one).startswith(f"1 features bring back {all_steps[0]:.0%}, short of 100%: ")
+    assert str(one).startswith(f"1 feature brings back {all_steps[0]:.0%}, short of 100%: ")
 
 
 def test_interactions_against_the_oracle(small: Small) -> None:

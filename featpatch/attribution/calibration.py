@@ -108,8 +108,8 @@ def calibrate(estimate: Effects, exact: Effects, *, effect: Effect | None = None
         The pooled effects of both tables, node by node, with tables and a figure of their agreement.
 
     Raises:
-        FeatpatchError: if the tables are not one of estimates and one of exact effects, differ in pairs, metric, positions,
-            model or SAEs, hold nodes of different kinds, or do not both have the effect.
+        FeatpatchError: the tables are not one of estimates and one of exact effects, differ in pairs, metric, positions, model
+            or SAEs, hold nodes of different kinds, or do not both have the effect.
 
     Examples:
         >>> estimates = fp.rank_features(model, saes, pairs, positions=["S2"], method="atp", progress=False)

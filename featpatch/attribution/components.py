@@ -164,11 +164,7 @@ class ComponentEstimator(Estimator):
 
     @classmethod
     def of(cls, lens: Lens, layer: int, name: str) -> "ComponentEstimator":
-        """Return the estimator for a component of a layer.
-
-        Raises:
-            FeatpatchError: if the model has no such component.
-        """
+        """Return the estimator for a component of a layer; raise a FeatpatchError if the model has no such component."""
         hook = lens.site(component(layer, "z" if name == "result" else name))
         return cls(hook, hook if name in WHOLE else component(layer, name), name)
 

@@ -85,8 +85,8 @@ def estimated(
         ablated: for estimates of an ablation, replaces the activations of each pair's corrupted run by ablation values.
 
     Raises:
-        FeatpatchError: if a position or direction is unknown, the gap is near zero, or values are taken from corrupted prompts
-            and there are none.
+        FeatpatchError: a position or direction is unknown, the gap is near zero, or values are taken from corrupted prompts and
+            there are none.
     """
     pairs = gradients.pairs if ablated is not None else check_counterfactual(gradients.pairs)
     ways, wanted = gradients.check_directions(directions), spans_of(pairs, positions)

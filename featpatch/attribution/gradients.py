@@ -188,11 +188,7 @@ def differentiable(metric: str | Metric | Sequence[str | Metric]) -> Measure:
 
 
 def check_method(method: str) -> str:
-    """Return the name of a method of estimation after checking it.
-
-    Raises:
-        FeatpatchError: if it is unknown.
-    """
+    """Return the name of a method of estimation; raise a FeatpatchError if it is unknown."""
     check_choices(METHODS, method=method)
     return method
 
@@ -201,8 +197,7 @@ def check_gradient(measure: Measure, method: str, directions: Sequence[Direction
     """Return directions after checking them.
 
     Raises:
-        FeatpatchError: if a direction is unknown, or noising would use the gradient of `"neg_kl"` at the clean run, which is
-            zero.
+        FeatpatchError: a direction is unknown, or noising would use the gradient of `"neg_kl"` at the clean run, which is zero.
     """
     ways = check_directions(directions)
     if "noising" in ways and measure.needs == "clean" and method not in STEPPED:
@@ -250,7 +245,7 @@ class Gradients:
         keep: whether to keep activations and gradients in memory, on the model's device.
 
     Raises:
-        FeatpatchError: if the input is unusable.
+        FeatpatchError: the input is unusable.
 
     Examples:
         >>> gradients = fp.Gradients(model, pairs, method="ig", steps=2)
@@ -306,8 +301,8 @@ class Gradients:
         """Check directions and return them.
 
         Raises:
-            FeatpatchError: if a direction is unknown, or noising would use the gradient of `"neg_kl"` at the clean run, which
-                is zero.
+            FeatpatchError: a direction is unknown, or noising would use the gradient of `"neg_kl"` at the clean run, which is
+                zero.
         """
         return check_gradient(self.measure, self.method, directions)
 
@@ -346,11 +341,7 @@ class _Batch:
     clean: Sequence[torch.Tensor] = ()
 
     def take(self, reads: Sequence[str], sites: Sequence[str]) -> None:
-        """Compute the activations and gradients that have not been computed yet.
-
-        Raises:
-            FeatpatchError: if a gradient is NaN or infinite.
-        """
+        """Compute what has not been computed yet; raise a FeatpatchError if a gradient is NaN or infinite."""
         method, known = self.of.method, self.activations["noising"]
         wanted = sites if method in ("ig", "grad_drop") else [INPUT, *sites]
         missing = [site for site in dict.fromkeys(wanted) if site not in self.gradients["noising"]]

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from featpatch import sites
 from featpatch.effects.plots import DIVERGING, GREY
 from featpatch.effects.statistics import interval
-from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted
 from featpatch.frame import Frame
 from featpatch.model.facts import check_tokens
 from featpatch.model.layer import Head, head_from
@@ -160,8 +160,7 @@ class LogitAttribution:
 
     @property
     def _said(self) -> str:
-        pairs = len(self.total)
-        over = "1 prompt" if pairs == 1 else f"{pairs} prompts"
+        over = counted(len(self.total), "prompt")
         return f"{self.metric} {self.total.mean():.3f} in the {self.run} run of {over}: direct contributions in logits"
 
 
@@ -413,11 +412,7 @@ def _replaced(term: Term, site: str) -> bool:
 
 
 def _check_sums(lens: Lens, result: LogitAttribution) -> None:
-    """Check that contributions sum to the logit, with and without each SAE.
-
-    Raises:
-        FeatpatchError: they do not.
-    """
+    """Raise a FeatpatchError unless contributions sum to the logit, with and without each SAE."""
     size = np.abs(result.values).max() + np.abs(result.total).max()
     for sae in ("", *result.replaces):
         off = np.abs(result.residual(sae)).max()

@@ -31,11 +31,11 @@ from featpatch.metrics import check_gap
 from featpatch.model.backward import LIVE, RULES, modified
 from featpatch.model.gradients import pull
 from featpatch.model.lens import Lens
-from featpatch.nodes import LOGITS, Direction, Edge, Node, check_senders
+from featpatch.nodes import LOGITS, Direction, Edge, Node, check_reached, check_senders
 from featpatch.pairs.pair import spans, spans_of
 from featpatch.pairs.pairs import check_counterfactual
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
-from featpatch.sae.nodes import check_nodes
+from featpatch.sae.nodes import check_nodes, names_of
 from featpatch.sites import ROUTES, Route
 
 
@@ -57,11 +57,7 @@ class Receiving:
 
     @classmethod
     def of(cls, lens: Lens, node: Node, found: Sequence[Dictionary]) -> "Receiving":
-        """Return the receiver for a node.
-
-        Raises:
-            FeatpatchError: if paths into the node can't be estimated.
-        """
+        """Return the receiver for a node; raise a FeatpatchError if paths into the node can't be estimated."""
         if node == LOGITS:
             last = sites.resid_post(lens.n_layers - 1)
             return cls(node, last, last)
@@ -73,9 +69,8 @@ class Receiving:
         head = node.kind == "head" and sites.is_component(site, "q", "k", "v", "z")
         if not whole and not head:
             raise FeatpatchError(
-                f"receiver {str(node)!r}: expected, for estimates, a feature of "
-                f"{', '.join(sorted(d.name for d in found)) or 'an SAE (pass saes=...)'} with a linear decoder, a head at "
-                "hook_q, hook_k, hook_v or hook_z, a whole activation, or 'logits'"
+                f"receiver {str(node)!r}: expected, for estimates, a feature of {names_of(found)} with a linear decoder, a "
+                "head at hook_q, hook_k, hook_v or hook_z, a whole activation, or 'logits'"
             )
         return cls(node, site, site)
 
@@ -125,7 +120,7 @@ def estimate_paths(
     cost nothing. A receiver that is inactive in the base run has no gradient, so its paths are estimated as 0.
 
     Raises:
-        FeatpatchError: if the input is unusable, or the gradients are not those of one point, the base run.
+        FeatpatchError: the input is unusable, or the gradients are not those of one point, the base run.
     """
     source, pairs, lens = gradients, gradients.pairs, gradients.lens
     found = dictionaries_if_any(lens, saes)
@@ -139,11 +134,7 @@ def estimate_paths(
     sending, ends = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
     check_senders(sending)
     receiving = [Receiving.of(lens, node, found) for node in ends]
-    if not any(sites.reaches(node.site, r.reads) and node != r.node for node in sending for r in receiving):
-        raise FeatpatchError(
-            "no receiver is downstream of a sender: expected at least one path; choose receivers in later layers than the "
-            "senders"
-        )
+    check_reached(any(sites.reaches(node.site, r.reads) and node != r.node for node in sending for r in receiving))
     check_counterfactual(pairs)
     ways, estimators = source.check_directions(directions), _estimators(lens, sending, found)
     wanted = spans_of(pairs, list(dict.fromkeys(node.position for node in sending)))
@@ -187,11 +178,7 @@ def _by_edge(found: Sequence[Estimates], senders: Collection[Node], receiving: S
 
 
 def _estimators(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]) -> list[Estimator]:
-    """Return estimators that cover the senders.
-
-    Raises:
-        FeatpatchError: if a node can't be a sender.
-    """
+    """Return estimators that cover the senders; raise a FeatpatchError if a node can't be a sender."""
     estimators: dict[tuple[str, str], Estimator] = {}
     for node in senders:
         owner = next((d for d in found if d.name == node.sae and d.writes == node.site), None)
@@ -204,8 +191,7 @@ def _estimators(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]
             estimators["whole", site] = ComponentEstimator(site, site, "mlp_out")
         else:
             raise FeatpatchError(
-                f"sender {str(node)!r}: expected a feature or error of "
-                f"{', '.join(sorted(d.name for d in found)) or 'an SAE (pass saes=...)'}, a head at hook_z, or a whole "
+                f"sender {str(node)!r}: expected a feature or error of {names_of(found)}, a head at hook_z, or a whole "
                 "activation"
             )
     return list(estimators.values())

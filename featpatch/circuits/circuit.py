@@ -19,7 +19,7 @@ from featpatch.diagram.draw import figure
 from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
 from featpatch.effects.statistics import interval
-from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, decimal, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted, decimal, is_number
 from featpatch.nodes import Edge, Node
 from featpatch.page.page import Plotted, write
 from featpatch.pairs.pairs import Pairs
@@ -145,7 +145,7 @@ class Circuit(Plotted):
             The smaller circuit. After Ctrl-C it is the circuit of the last full step, and `finished` is False.
 
         Raises:
-            FeatpatchError: if the threshold is not a number above 0, or the journal is that of another graph.
+            FeatpatchError: the threshold is not a number above 0, or the journal is that of another graph.
             KeyboardInterrupt: after Ctrl-C in the first step.
 
         Examples:
@@ -191,7 +191,7 @@ class Circuit(Plotted):
             order: the order of the curve that is returned; the curve in the other order is its attribute `other`.
 
         Raises:
-            FeatpatchError: if the search ranked nothing, or the shares are not ascending numbers from 0 to 1.
+            FeatpatchError: the search ranked nothing, or the shares are not ascending numbers from 0 to 1.
 
         Examples:
             >>> circuit = fp.find_circuit(model, pairs, saes=saes[0], nodes=effects.top(5), size=3, progress=False)
@@ -214,7 +214,7 @@ class Circuit(Plotted):
             order: whether items are ranked by their scores or by their |scores|.
 
         Raises:
-            FeatpatchError: if the search ranked nothing, a known item is not in the graph, or none or all items are known.
+            FeatpatchError: the search ranked nothing, a known item is not in the graph, or none or all items are known.
 
         Examples:
             >>> circuit = fp.find_circuit(model, pairs, scores="estimate", size=40, progress=False)
@@ -387,8 +387,8 @@ class Circuit(Plotted):
         single = " A single pair gives no interval." if np.isnan(low) else ""
         return (
             f"These {len(self.items):,} of {len(self.graph.items):,} {self.metadata['over']} alone keep "
-            f"{decimal(self.faithfulness, '.0%')}{between} of the behaviour, exactly measured over {len(self.graph.pairs)} "
-            f"pairs, while all others are ablated to {self.graph.to} values.{single}"
+            f"{decimal(self.faithfulness, '.0%')}{between} of the behaviour, exactly measured over "
+            f"{counted(len(self.graph.pairs), 'pair')}, while all others are ablated to {self.graph.to} values.{single}"
         )
 
     def __repr__(self) -> str:
@@ -397,7 +397,7 @@ class Circuit(Plotted):
         return (
             f"circuit of {len(self.items)} of {len(self.graph.items)} {self.metadata['over']} ({self._search()}), "
             f"complement ablated to {self.graph.to} values: faithfulness {decimal(self.faithfulness)}{between}, exact, over "
-            f"{len(self.graph.pairs)} pairs"
+            f"{counted(len(self.graph.pairs), 'pair')}"
         )
 
     def _search(self) -> str:
@@ -430,11 +430,7 @@ class Circuit(Plotted):
         return list(self.to_networkx())
 
     def _check_ranked(self, purpose: str) -> None:
-        """Check that the search scored all items.
-
-        Raises:
-            FeatpatchError: it did not.
-        """
+        """Raise a FeatpatchError unless the search scored all items."""
         if not len(self.scores):
             raise FeatpatchError(
                 "this circuit's search method ranked no items: expected a circuit found by method='threshold'; call "

@@ -27,12 +27,7 @@ Complement = Literal["corrupted", "zero", "mean", "mean_by_position", "resample"
 
 
 def check_complement(to: object, pairs: object) -> None:
-    """Check the name of the ablation values, and that the pairs have what these need.
-
-    Raises:
-        FeatpatchError: the name is unknown, the pairs are no `Pairs`, only some of them have a counterfactual, or none has one
-            and the values are those of the corrupted run.
-    """
+    """Raise a FeatpatchError unless these are ablation values of a complement, and pairs that have what these need."""
     check_choices(get_args(Complement), to=to)
     if to == "corrupted":
         check_counterfactual(pairs)
@@ -62,11 +57,7 @@ class CleanRuns(ABC):
     _clean: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
-        """Check that circuits can be found for these pairs.
-
-        Raises:
-            FeatpatchError: if the complement can't be ablated in this way, or hooks are attached to the model.
-        """
+        """Raise a FeatpatchError if hooks are attached to the model, or the complement can't be ablated in this way."""
         if self.to == "mean_by_position" and any(reading.continuation for _, reading in self.readings):
             raise FeatpatchError(
                 f"to={self.to!r} with metric {self.name!r} and answers of several tokens: expected another `to`, such as "
@@ -77,11 +68,7 @@ class CleanRuns(ABC):
 
     @cached_property
     def ablation(self) -> AblationValues:
-        """The ablation values of the complement.
-
-        Raises:
-            FeatpatchError: if there are no prompts to take them from, or an argument is not used.
-        """
+        """The ablation values of the complement; raises a FeatpatchError if an argument is not used or prompts are lacking."""
         if self.to != "corrupted":
             return named_values(self.lens, self.pairs, self.to, self.reference, self.seed, *self.ablated())
         if self.reference is not None or self.seed is not None:

@@ -127,11 +127,7 @@ class FaithfulnessCurve(Plotted):
 def curve_of(
     graph: Graph, scores: NDArray[np.float64], shares: Sequence[float] | NDArray[Any], order: Order, *, both: bool = True
 ) -> FaithfulnessCurve:
-    """Measure the curve of `Circuit.curve`.
-
-    Raises:
-        FeatpatchError: if the shares are not ascending numbers from 0 to 1, or the order is unknown.
-    """
+    """Measure the curve of `Circuit.curve`, which documents the arguments."""
     check_choices(get_args(Order), order=order)
     shares = shares.tolist() if isinstance(shares, np.ndarray) else shares
     fractions = isinstance(shares, Sequence) and all(is_number(share) and 0 <= share <= 1 for share in shares)

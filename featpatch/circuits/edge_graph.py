@@ -30,7 +30,7 @@ from featpatch.circuits.attribution import ESTIMATED_AT_ONCE, Point
 from featpatch.circuits.edge_gradients import sender_hooks, summed_scores
 from featpatch.circuits.edge_runs import COMPARED, EdgeRuns, Run
 from featpatch.circuits.graph import announcing
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, counted
 from featpatch.model.backward import modified, under
 from featpatch.model.facts import forward_hooks, once
 from featpatch.model.layer import Head, close, head_from
@@ -55,7 +55,7 @@ class EdgeGraph(EdgeRuns):
         """Check the pairs as in `Graph.check`, the dictionaries, and that the model's parts add up to the model.
 
         Raises:
-            FeatpatchError: if they do not, because of an unusual layer or quantised weights, or a dictionary's nodes can't be
+            FeatpatchError: they do not, because of an unusual layer or quantised weights, or a dictionary's nodes can't be
                 mediators.
         """
         for place, group in self.mediators.items():
@@ -121,8 +121,9 @@ class EdgeGraph(EdgeRuns):
                 if not bar.n and progress:
                     tokens = [sum(len(self.pairs[index]) for index in chunk) for chunk in chunks]
                     passes = sum(ceil(size * count / study().rows) for size, count in product(sizes, tokens))
-                    said = f"{len(self.items):,} edges in {len(self.pairs)} pairs: at most {total:,} patches"
-                    tqdm.write(f"{said} in {passes:,} passes of the layers from the receiver on", file=sys.stderr)
+                    said = f"{counted(len(self.items), 'edge')} in {counted(len(self.pairs), 'pair')}"
+                    work = f"{total:,} patches in {passes:,} passes of the layers from the receiver on"
+                    tqdm.write(f"{said}: at most {work}", file=sys.stderr)
                 for part, block, senders, depth in zip(parts, blocks, starts, depths, strict=True):
                     start, count = self._starts[block[0]], len(block) * len(senders)
                     measure = partial(self._alone_by_paths, study, part, some, list(product(block, senders)))

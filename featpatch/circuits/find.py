@@ -56,11 +56,7 @@ def check_search(
     size: int | None,
     target: float | None,
 ) -> None:
-    """Check that the options of a search are valid, and that the search uses each option that is given.
-
-    Raises:
-        FeatpatchError: if not.
-    """
+    """Raise a FeatpatchError unless the options of a search are valid, and the search uses each option that is given."""
     check_choices(get_args(Method), method=method)
     check_choices(get_args(Scores), scores="exact" if scores is None else scores)
     check_numbers(1, steps=1 if steps is None else steps)
@@ -87,11 +83,7 @@ def check_search(
 
 
 def check_candidates(over: str, nodes: Any, saes: Any, errors: str | None) -> None:
-    """Check that the arguments that determine the candidates fit together.
-
-    Raises:
-        FeatpatchError: if not.
-    """
+    """Raise a FeatpatchError unless the arguments that determine the candidates fit together."""
     check_choices(("nodes", "edges"), over=over)
     check_choices(get_args(Errors), errors="in" if errors is None else errors)
     if nodes is None and (over == "nodes" or saes is not None):
@@ -114,11 +106,7 @@ def check_candidates(over: str, nodes: Any, saes: Any, errors: str | None) -> No
 
 
 def check_region_free(over: str, nodes: Any, positions: Positions) -> None:
-    """Check that `positions` is not combined with nodes, which have their own.
-
-    Raises:
-        FeatpatchError: if it is.
-    """
+    """Raise a FeatpatchError if `positions` is combined with nodes, which have their own."""
     if nodes is not None and (not isinstance(positions, str) or positions != "all"):
         example = "fp.feature(sae, 7, position='S2')" if over == "edges" else "fp.head(1, 3, position='S2')"
         raise FeatpatchError(
@@ -200,8 +188,8 @@ def find_circuit(
         the circuit of the last full step, and `circuit.finished` is False.
 
     Raises:
-        FeatpatchError: if the input is unusable, ablating everything hardly changes the metric, or the journal is that of
-            another graph.
+        FeatpatchError: the input is unusable, ablating everything hardly changes the metric, or the journal is that of another
+            graph.
         KeyboardInterrupt: after Ctrl-C before the first step is finished or all items are scored.
 
     Examples:
@@ -424,7 +412,7 @@ def _candidates(
     Of a table, nodes without an SAE are left out at hook points with features.
 
     Raises:
-        FeatpatchError: if a node is invalid, two nodes of a patch overlap, or there are no candidates.
+        FeatpatchError: a node is invalid, two nodes of a patch overlap, or there are no candidates.
     """
     left_out = {"all_features"} if errors == "nodes" else {"all_features", "error"}
     entries = list(nodes) if isinstance(nodes, (list, tuple)) else []

@@ -22,7 +22,7 @@ from featpatch.circuits.clean_runs import Array, CleanRuns
 from featpatch.effects.collector import provenance
 from featpatch.engine.journal import Journal, batch_key
 from featpatch.engine.sweep import LONG
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, counted
 from featpatch.files import as_path
 from featpatch.metrics import check_gap
 from featpatch.nodes import Node
@@ -175,7 +175,8 @@ class Graph(CleanRuns):
         count = len(self.items)
         found, size = np.zeros((count, len(self.pairs))), max(1, min(MASKS_AT_ONCE, MASK_BYTES // count))
         if progress:
-            tqdm.write(f"{count:,} items in {len(self.pairs)} pairs, each ablated in a row of its own", file=sys.stderr)
+            said = f"{counted(count, 'item')} in {counted(len(self.pairs), 'pair')}"
+            tqdm.write(f"{said}, each ablated in a row of its own", file=sys.stderr)
         with tqdm(total=count, desc="ablating", unit="item", disable=not progress) as bar:
             done = announcing(bar, count, lambda: self._busy)
             for start in range(0, count, size):
@@ -186,11 +187,7 @@ class Graph(CleanRuns):
         return found
 
     def mask(self, kept: Iterable[Node]) -> NDArray[np.bool_]:
-        """Return a mask `[items]` of the items that are kept.
-
-        Raises:
-            FeatpatchError: if an item is not in the graph.
-        """
+        """Return a mask `[items]` of the items that are kept; raise a FeatpatchError if one is not in the graph."""
         if kept is self.items:
             return np.ones(len(self.items), dtype=bool)
         mask = np.zeros(len(self.items), dtype=bool)
@@ -198,11 +195,7 @@ class Graph(CleanRuns):
         return mask
 
     def places(self, items: Iterable[Node]) -> NDArray[np.int64]:
-        """Return the index of each item in the graph.
-
-        Raises:
-            FeatpatchError: if an item is not in the graph.
-        """
+        """Return the index of each item; raise a FeatpatchError if one is not in the graph."""
         if not isinstance(items, Iterable) or isinstance(items, str):
             raise FeatpatchError(f"items={items!r}: expected several nodes or edges, such as .graph.items[:3]")
         chosen = list(items)
@@ -234,18 +227,14 @@ class Graph(CleanRuns):
         return result
 
     def check_gap(self) -> None:
-        """Check that ablating everything changes the metric.
-
-        Raises:
-            FeatpatchError: if it hardly does.
-        """
+        """Raise a FeatpatchError if ablating everything hardly changes the metric."""
         check_gap(self.name, self.whole, self.empty)
 
     def estimates(self, scores: Scores = "estimate", steps: int = STEPS, *, progress: bool = False) -> Array:
         """Estimate by gradients how much the mean metric loses with each item ablated by itself, `[items]`; see `attribution`.
 
         Raises:
-            FeatpatchError: if the metric has no gradient, or a gradient of zero in the clean run, where it is taken.
+            FeatpatchError: the metric has no gradient, or a gradient of zero in the clean run, where it is taken.
         """
         if scores not in STEPPED and self.reads_clean:
             now = self.values([self.items])[0]
@@ -285,11 +274,7 @@ class Graph(CleanRuns):
         return torch.zeros(shape, dtype=torch.float64)
 
     def _differentiable(self, values: torch.Tensor) -> torch.Tensor:
-        """Check that values of the metric have a gradient, and return them.
-
-        Raises:
-            FeatpatchError: if not.
-        """
+        """Return values of the metric; raise a FeatpatchError unless they have a gradient."""
         if not values.requires_grad:
             raise FeatpatchError(
                 f"metric {self.name!r} has no gradient: expected a differentiable metric; or pass scores='exact'"

@@ -20,6 +20,7 @@ from featpatch.model.lens import Lens
 from featpatch.nodes import Node, Position
 from featpatch.sae.codec import gain
 from featpatch.sae.dictionary import Dictionary
+from featpatch.sae.nodes import names_of
 
 Place = tuple[int, Literal["pre", "z", "attn", "mid", "mlp"]]
 """A layer, and where its mediators are: in the residual stream before attention (`"pre"`) or before the MLP (`"mid"`), in the
@@ -44,11 +45,7 @@ class Mediators:
 
     @classmethod
     def of(cls, dictionary: Dictionary, named: Sequence[Node]) -> "Mediators":
-        """Make mediators of the named nodes of a dictionary.
-
-        Raises:
-            FeatpatchError: if the dictionary's decoder is not linear, so that features have no fixed directions.
-        """
+        """Make mediators of the named nodes of a dictionary; raise a FeatpatchError unless its decoder is linear."""
         if not dictionary.behaviour.linear:
             raise FeatpatchError(
                 f"{dictionary.name} ({dictionary.codec.kind}): expected, for edges, a dictionary with a linear decoder; leave "
@@ -66,11 +63,7 @@ class Mediators:
 
     @property
     def place(self) -> Place:
-        """The place of the mediators.
-
-        Raises:
-            FeatpatchError: if the dictionary's hook points are not those of such a place.
-        """
+        """The place of the mediators; raises a FeatpatchError if the dictionary's hook points are not those of one."""
         reads, writes = self.dictionary.reads, self.dictionary.writes
         layer = sites.layer_of(writes)
         of_mlp = writes == sites.component(layer, "mlp_out") and sites.seen_at(reads) == (layer, "mid")
@@ -130,18 +123,8 @@ class Mediators:
     def _parts(
         self, nodes: Sequence[Node], read: torch.Tensor, passing: torch.Tensor, where: torch.Tensor
     ) -> dict[Node, torch.Tensor]:
-        """Return the outputs of some named nodes that have the same input.
-
-        Raises:
-            FeatpatchError: if a gradient is needed and the dictionary's encoder has none.
-        """
-        codec = self.dictionary.codec
-        code = codec.encode(read.flatten(0, -3))
-        if read.requires_grad and not code.features.requires_grad:
-            raise FeatpatchError(
-                f"{self.dictionary.name} ({codec.kind}) has an encoder without a gradient: expected an SAE from sae-lens; or "
-                "pass scores='exact'"
-            )
+        """Return the outputs of some named nodes that have the same input."""
+        codec, code = self.dictionary.codec, self.dictionary.encode(read.flatten(0, -3))
         features = code.features * gain(codec, code.state) if self.dictionary.behaviour.scaled else code.features
         found = {}
         for node in nodes:
@@ -164,7 +147,7 @@ class Mediators:
             length: their number of tokens.
 
         Raises:
-            FeatpatchError: if two nodes are the same feature, or both the error, at the same position.
+            FeatpatchError: two nodes are the same feature, or both the error, at the same position.
         """
         found = torch.zeros(len(self.named), len(some), length, dtype=torch.bool)
         for n, node in enumerate(self.named):
@@ -184,7 +167,7 @@ def mediators_of(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary])
     """Return the mediators for some features and error terms, by place.
 
     Raises:
-        FeatpatchError: if a node is not a feature or error of a dictionary, a dictionary can't provide mediators, or two
+        FeatpatchError: a node is not a feature or error of a dictionary, a dictionary can't provide mediators, or two
             dictionaries are at the same place.
     """
     by_name = {dictionary.name: dictionary for dictionary in found}
@@ -192,9 +175,8 @@ def mediators_of(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary])
         owner = by_name.get(node.sae)
         if node.kind not in ("feature", "error") or owner is None or owner.writes != node.site:
             raise FeatpatchError(
-                f"node {str(node)!r}: expected a feature or error of "
-                f"{', '.join(sorted(by_name)) or 'an SAE (pass saes=...)'}; embedding, heads and MLPs need not be named, they "
-                "always have edges"
+                f"node {str(node)!r}: expected a feature or error of {names_of(found)}; embedding, heads and MLPs need not "
+                "be named, they always have edges"
             )
     made: dict[Place, Mediators] = {}
     for name in dict.fromkeys(node.sae for node in nodes):

@@ -27,8 +27,10 @@ from featpatch.model.backward import modified
 from featpatch.model.lens import Edit, added
 from featpatch.nodes import Edge, Node
 from featpatch.patching.ablation import Everywhere
+from featpatch.patching.do import keeping
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary
+from featpatch.sae.nodes import names_of
 
 Errors = Literal["in", "out", "nodes"]
 """How error terms are treated: always kept, always ablated, or candidates like other nodes."""
@@ -56,8 +58,8 @@ class NodeGraph(Graph):
         """Check the pairs as in `Graph.check`, and that every node can be ablated.
 
         Raises:
-            FeatpatchError: if a node has another kind, its dictionary is not among those given, its activation can't be set, it
-                is in several candidates, or the nodes at a hook point include both features and heads or the whole activation.
+            FeatpatchError: a node has another kind, its dictionary is not among those given, its activation can't be set, it is
+                in several candidates, or the nodes at a hook point include both features and heads or the whole activation.
         """
         super().check()
         known = {dictionary.name: dictionary.writes for dictionary in self.dictionaries}
@@ -74,7 +76,7 @@ class NodeGraph(Graph):
             if not of_sae and not head and node.kind != "activation":
                 raise FeatpatchError(
                     f"node {str(node)!r}: expected a feature or error of "
-                    f"{', '.join(sorted(known)) or 'an SAE (pass saes=...)'}, a head at hook_z, or a whole activation"
+                    f"{names_of(self.dictionaries)}, a head at hook_z, or a whole activation"
                 )
             if self.lens.carrier(self.lens.site(node.site)) != node.site:
                 raise FeatpatchError(
@@ -160,7 +162,7 @@ class NodeGraph(Graph):
                 stack.enter_context(self.lens.edit(site, edits[site]))
             for dictionary in self._used():
                 if dictionary.reads != dictionary.writes:
-                    stack.enter_context(self.lens.edit(dictionary.reads, _recording(dictionary.reads, live)))
+                    stack.enter_context(self.lens.edit(dictionary.reads, keeping(dictionary.reads, live)))
             yield
 
     def components(self) -> list[tuple[Node, ...]]:
@@ -430,10 +432,6 @@ class _Gradients:
 def _rows(other: Any, rows: slice) -> Any:
     """Return some rows of ablation values."""
     return other.map(lambda values: values[rows]) if isinstance(other, Split) else other[rows]
-
-
-def _recording(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
-    return lambda activation: live.update({hook: activation})
 
 
 def _of_sae(name: str) -> Callable[[Node], bool]:

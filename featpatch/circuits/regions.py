@@ -37,7 +37,7 @@ class Regions:
         """Return the regions for the argument `positions` of `find_circuit`.
 
         Raises:
-            FeatpatchError: if a pair lacks a position, positions overlap, or `"each"` stands for other indices in some pair.
+            FeatpatchError: a pair lacks a position, positions overlap, or `"each"` stands for other indices in some pair.
         """
         found = spans_of(pairs, positions)
         if isinstance(positions, str) and positions == "all":

@@ -19,7 +19,7 @@ from featpatch import sites
 from featpatch.circuits.attribution import EMBEDDING
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.effects.statistics import interval
-from featpatch.errors import FeatpatchError, check_numbers, decimal
+from featpatch.errors import FeatpatchError, check_numbers, counted, decimal
 from featpatch.metric_functions import Metric
 from featpatch.metrics import check_gap
 from featpatch.model.transformer_lens import wrap
@@ -73,9 +73,9 @@ class Scrubbed:
 
     def __repr__(self) -> str:
         return (
-            f"recovered {decimal(self.recovered)} [{decimal(self.low)}, {decimal(self.high)}] over {len(self.values)} prompts: "
-            f"metric {self.values.mean():.3g} scrubbed, {self.whole.mean():.3g} in the model, {self.chance.mean():.3g} with "
-            "everything resampled"
+            f"recovered {decimal(self.recovered)} [{decimal(self.low)}, {decimal(self.high)}] over "
+            f"{counted(len(self.values), 'prompt')}: metric {self.values.mean():.3g} scrubbed, {self.whole.mean():.3g} in the "
+            f"model, {self.chance.mean():.3g} with everything resampled"
         )
 
 
@@ -106,7 +106,7 @@ def scrub(
         The share of the behaviour that is recovered, its 95 % bootstrap interval over prompts, and the metric of each prompt.
 
     Raises:
-        FeatpatchError: if the input is unusable, the prompts have unequal lengths, or a node is not in the model's graph.
+        FeatpatchError: the input is unusable, the prompts have unequal lengths, or a node is not in the model's graph.
 
     Examples:
         >>> template = "When {IO} and {S1} went to the {place}, {S2} gave a {object} to"
@@ -258,7 +258,7 @@ class _Run:
         """Draw, for each prompt, a random prompt with the same label, possibly itself.
 
         Raises:
-            FeatpatchError: if a label raises an exception or returns an unhashable value.
+            FeatpatchError: a label raises an exception or returns an unhashable value.
         """
         if label not in self._alike:
             groups: dict[Hashable, list[int]] = {}

@@ -25,11 +25,7 @@ Search = Iterator[list[int]]
 
 
 def check_threshold(threshold: object) -> None:
-    """Check a threshold of a search.
-
-    Raises:
-        FeatpatchError: it is not a finite number above 0.
-    """
+    """Raise a FeatpatchError unless the threshold of a search is a finite number above 0."""
     if not is_finite(threshold) or not threshold > 0:
         raise FeatpatchError(f"threshold={threshold!r}: expected a finite fraction of the behaviour above 0, such as 0.01")
 

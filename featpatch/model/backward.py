@@ -248,11 +248,7 @@ class _Attention:
         return self.edit(pattern)
 
     def check(self, z: torch.Tensor) -> None:
-        """Check that the pattern has been edited when the outputs of the heads are there.
-
-        Raises:
-            FeatpatchError: it has not.
-        """
+        """Raise a FeatpatchError unless the pattern has been edited when the outputs of the heads are there."""
         if not self.seen and z.requires_grad:
             raise _form(f"the attention of layer {self.layer} does not compute its output from the pattern at its hook point")
         self.seen.clear()

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from transformer_lens.utilities.quantization import quantization_method, unreadable_weight_reason
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, counted
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import PairsWarning, first_token, is_padded
 
@@ -159,15 +159,11 @@ class Model:
         return weight
 
     def check_room(self, length: int, count: int) -> None:
-        """Check that `count` tokens can be generated after a prompt of a given length.
-
-        Raises:
-            FeatpatchError: the model's context is too short.
-        """
+        """Raise a FeatpatchError unless `count` tokens can be generated after a prompt of a given length."""
         if self.n_ctx is not None and length + count > self.n_ctx:
             raise FeatpatchError(
-                f"a prompt of {length} tokens and tokens={count}: expected at most {self.n_ctx} together, the model's context; "
-                "generate fewer tokens, or shorten the prompt"
+                f"a prompt of {counted(length, 'token')} and tokens={count}: expected at most {self.n_ctx} together, the "
+                "model's context; generate fewer tokens, or shorten the prompt"
             )
 
     def digest(self) -> str:
@@ -313,16 +309,12 @@ def check_tokens(pairs: Pairs, lens: Model, continuations: Continuations = NONE)
         if context is not None and length > context:
             with_answers = " with its answers" if length > max(pair.lengths) else ""
             raise FeatpatchError(
-                f"pair {index} has {length} tokens{with_answers}: expected at most {context}, the model's context"
+                f"pair {index} has {counted(length, 'token')}{with_answers}: expected at most {context}, the model's context"
             )
 
 
 def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
-    """Check that prompts do not begin or end with padding or begin with two BOS; warn if padding may also be BOS or EOS.
-
-    Raises:
-        FeatpatchError: a prompt begins with two BOS, or certainly begins or ends with padding.
-    """
+    """Raise a FeatpatchError if prompts are padded or begin with two BOS; warn if what may be padding is also BOS or EOS."""
     if tokenizer is None:
         return
     bos = getattr(tokenizer, "bos_token_id", None)
@@ -340,8 +332,8 @@ def _check_ends(pairs: Pairs, tokenizer: Any) -> None:
     perhaps = sum(is_padded(tokenizer, pair.clean, pair.corrupted) for pair in pairs)
     if perhaps:
         warnings.warn(
-            f"{perhaps} of {len(pairs)} pairs begin or end with {tokenizer.pad_token!r}, which is BOS or EOS and also the "
-            "padding token: it is treated as part of the prompt; if it is padding, make the pairs with "
+            f"{perhaps} of {counted(len(pairs), 'pair')} begin or end with {tokenizer.pad_token!r}, which is BOS or EOS and "
+            "also the padding token: it is treated as part of the prompt; if it is padding, make the pairs with "
             "Pairs.from_tokens(..., attention_mask=...)",
             PairsWarning,
             stacklevel=2,
@@ -354,8 +346,8 @@ def _compare_start(pairs: Pairs, lens: Model) -> None:
     lacking = sum(first is not None and pair.clean[0] != first for pair in pairs)
     if lacking:
         warnings.warn(
-            f"{lacking} of {len(pairs)} pairs lack {lens.model.tokenizer.decode([first])!r} ({first}), which model(text) adds "
-            "at the start: to add it too, pass the model instead of a tokenizer to Pairs.from_prompts",
+            f"{lacking} of {counted(len(pairs), 'pair')} lack {lens.model.tokenizer.decode([first])!r} ({first}), which "
+            "model(text) adds at the start: to add it too, pass the model instead of a tokenizer to Pairs.from_prompts",
             PairsWarning,
             stacklevel=2,
         )

@@ -108,11 +108,7 @@ class Lens(Model, ABC):
         return bool(self.watch.attached(backward=False))
 
     def check_unhooked(self) -> None:
-        """Check that the user has attached no hooks to the model, for functions that run layers one by one.
-
-        Raises:
-            FeatpatchError: hooks are attached.
-        """
+        """Raise a FeatpatchError if the user has attached hooks, for functions that run the model's layers one by one."""
         if self.hooked:
             raise FeatpatchError("hooks are attached to the model: expected none; call model.reset_hooks()")
 
@@ -134,11 +130,7 @@ class Lens(Model, ABC):
         return self.shape(site)[0]
 
     def site(self, name: str) -> str:
-        """Return the TransformerLens name of a hook point.
-
-        Raises:
-            FeatpatchError: the model has no such hook point.
-        """
+        """Return the TransformerLens name of a hook point; raise a FeatpatchError if the model has no such hook point."""
         return sites.canonical(name, self.hook_points)
 
     def carrier(self, site: str) -> str:
@@ -164,11 +156,7 @@ class Lens(Model, ABC):
 
     @torch.no_grad()
     def generate(self, tokens: Int[torch.Tensor, "batch pos"], count: int) -> Int[torch.Tensor, "batch length"]:
-        """Generate up to `count` tokens greedily after each prompt, and return the prompts with them.
-
-        Raises:
-            FeatpatchError: the model's context is too short.
-        """
+        """Generate up to `count` tokens greedily after each prompt, see `check_room`, and return the prompts with them."""
         self.check_room(tokens.shape[1], count)
         stop = getattr(self.tokenizer, "eos_token_id", None) is not None
         options = {"do_sample": False, "stop_at_eos": stop, "return_type": "tokens", "verbose": False}
@@ -378,11 +366,7 @@ def answering(unembed: torch.nn.Module, answers: Int[torch.Tensor, " rows"]) -> 
 
 
 def check_read(hooks: Sequence[str], activations: Mapping[str, torch.Tensor]) -> None:
-    """Check that all hook points were reached and that the values there are finite.
-
-    Raises:
-        FeatpatchError: a hook did not fire, or a value is not finite.
-    """
+    """Raise a FeatpatchError unless all hook points were reached and the values there are finite."""
     for name in hooks:
         if name not in activations:
             raise FeatpatchError(

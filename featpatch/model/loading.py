@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError, FeatpatchWarning
+from featpatch.errors import FeatpatchError, FeatpatchWarning, counted, listed
 from featpatch.files import read_json
 from featpatch.model.facts import check_finite
 from featpatch.model.layer import Norm, norm_of
@@ -124,7 +124,7 @@ def _shards(path: Path) -> set[str]:
             "download or save the model again"
         ) from error
     if strays := [repr(file) for file in files if _strays(file)]:
-        raise FeatpatchError(f"{str(path)!r} names the weights files {_listed(set(strays))}: {_INSIDE}")
+        raise FeatpatchError(f"{str(path)!r} names the weights files {listed(numerically(set(strays)), 5)}: {_INSIDE}")
     return set(files)
 
 
@@ -152,13 +152,13 @@ def _check_loaded(source: str, model: Any, found: Mapping[str, Any], stored: Col
     misplaced = _misplaced(model, surplus, dropped)
     reshaped = [f"{name} {list(there)} instead of {list(here)}" for name, there, here in found["mismatched_keys"]]
     kinds = (("missing", found["missing_keys"]), ("of another shape", reshaped), ("left over", misplaced))
-    wrong = [f"{len(names)} tensor{'s'[: len(names) - 1]} {how} ({_listed(names)})" for how, names in kinds if names]
+    wrong = [f"{counted(len(names), 'tensor')} {how} ({listed(numerically(names), 5)})" for how, names in kinds if names]
     if wrong:
         raise FeatpatchError(f"the weights in {source!r} do not match its config.json ({', '.join(wrong)}): {EXPECTED}")
     if surplus:
         warnings.warn(
             f"{len(surplus)} of the weights in {source!r} do not belong to any part of the {type(model).__name__} and are "
-            f"ignored: {_listed(surplus)}",
+            f"ignored: {listed(numerically(surplus), 5)}",
             FeatpatchWarning,
             stacklevel=8,
         )
@@ -189,12 +189,6 @@ def _misplaced(model: Any, surplus: Collection[str], dropped: Collection[str]) -
         if beside or further:
             found.add(name)
     return found
-
-
-def _listed(names: Collection[str]) -> str:
-    """List the first few names in numerical order."""
-    ordered = numerically(names)
-    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
 
 
 @contextmanager

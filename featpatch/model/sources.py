@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
-from featpatch.errors import FeatpatchError, FeatpatchWarning, check_kinds
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_kinds, listed
 from featpatch.files import as_path
 from featpatch.threads import in_this_thread
 from featpatch.untrusted import short
@@ -25,11 +25,7 @@ _one_at_a_time, _check_call = RLock(), subprocess.check_call
 
 
 def check_device(device: str) -> None:
-    """Check that a device is available.
-
-    Raises:
-        FeatpatchError: torch can't put a tensor on it.
-    """
+    """Raise a FeatpatchError unless torch can put a tensor on a device."""
     check_kinds(str, device=device)
     try:
         torch.zeros(1, device=device)
@@ -49,11 +45,7 @@ def numerically(names: Iterable[str]) -> list[str]:
 
 
 def check_there(what: str, source: str | Path) -> None:
-    """Check that a path exists, before the hub is asked for it.
-
-    Raises:
-        FeatpatchError: there is nothing at a path that can't be a name on the hub.
-    """
+    """Raise a FeatpatchError if nothing is at a path that can't be a name on the hub, before the hub is asked for it."""
     path = as_path(source)
     if str(source).startswith((".", "/", "~")) and not path.exists():
         raise FeatpatchError(
@@ -141,8 +133,8 @@ def folder_with(path: str | Path, file: str, what: str) -> Path:
     """
     folder = Path(path)
     if not (folder / file).is_file():
-        names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
-        holds = f", which holds {', '.join(map(repr, names[:4]))}{', ...' if len(names) > 4 else ''}" if names else ""
+        names = sorted(repr(each.name) for each in folder.iterdir()) if folder.is_dir() else []
+        holds = f", which holds {listed(names, 4)}" if names else ""
         raise FeatpatchError(
             f"there is no {file} in {str(path)!r}{holds}: expected the folder of a saved {what} (a local folder takes "
             f"precedence over a name on the hub); give the path of the folder that holds the {what}'s {file}"

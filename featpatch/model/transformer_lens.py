@@ -358,11 +358,7 @@ def uncompiled(model: Any) -> Any:
 
 
 def check_form(model: Any) -> None:
-    """Check that a model is a decoder with all of its own weights in place.
-
-    Raises:
-        FeatpatchError: the model has an encoder, an adapter that is not merged, or offloaded weights.
-    """
+    """Raise a FeatpatchError if a model has an encoder, an adapter that is not merged, or offloaded weights."""
     own = getattr(model, "original_model", model)
     name, config = type(own).__name__, getattr(own, "config", None)
     encodes = name in ("HookedEncoder", "HookedEncoderDecoder") or bool(getattr(config, "is_encoder_decoder", False))

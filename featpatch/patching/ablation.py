@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError, each, is_finite, is_integer, is_number
+from featpatch.errors import FeatpatchError, counted, each, is_finite, is_integer, is_number
 from featpatch.model.cached import cached
 from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
@@ -175,7 +175,7 @@ class Statistic(Everywhere):
             over all positions.
 
     Raises:
-        FeatpatchError: if the prompts have only special tokens.
+        FeatpatchError: the prompts have only special tokens.
     """
 
     def __init__(self, others: Others, reduction: Callable[[], Reduction], *, by_position: bool = False) -> None:
@@ -189,8 +189,8 @@ class Statistic(Everywhere):
         """Return the statistics, `[pos, ...]` each if by position, otherwise without a position dimension.
 
         Raises:
-            FeatpatchError: if a statistic over all positions is asked for attention patterns, or one by position and no prompt
-                has this length.
+            FeatpatchError: a statistic over all positions is asked for attention patterns, or one by position and no prompt has
+                this length.
         """
         if isinstance(of, str) and not self._has_statistic(of):
             raise FeatpatchError(
@@ -202,8 +202,8 @@ class Statistic(Everywhere):
             prompts = [p for p in self.others.prompts if len(p.tokens) == length or not self.by_position]
             if not prompts:
                 raise FeatpatchError(
-                    f"there is no prompt of {length} tokens to take a mean by position over: expected at least one in "
-                    "`reference`; add prompts of that length, or pass to='mean'"
+                    f"there is no prompt of {counted(length, 'token')} to take a mean by position over: expected at least one "
+                    "in `reference`; add prompts of that length, or pass to='mean'"
                 )
             self._found[key] = self._over(prompts)
         index = of if isinstance(of, str) else next(i for i, each in enumerate(self.others.dictionaries) if each is of)
@@ -255,7 +255,7 @@ class Means(Everywhere):
         """Return the means.
 
         Raises:
-            FeatpatchError: if the activations of a hook point are missing, do not have its shape, or are means themselves and
+            FeatpatchError: the activations of a hook point are missing, do not have its shape, or are means themselves and
                 those of features are needed.
         """
         key = of if isinstance(of, str) else ("features and error", of.name)
@@ -303,7 +303,7 @@ class Resampled(OtherPrompts):
     """The values in another prompt of the same length, drawn for each pair, as ablation values.
 
     Raises:
-        FeatpatchError: if there is no other prompt of a pair's length.
+        FeatpatchError: there is no other prompt of a pair's length.
     """
 
     def __init__(self, others: Others) -> None:
@@ -316,8 +316,8 @@ class Resampled(OtherPrompts):
         fitting = [tokens for tokens in prompts if len(tokens) == len(clean) and tokens != clean]
         if not fitting:
             raise FeatpatchError(
-                f"pair {index} has {len(clean)} tokens, and no other prompt has as many: expected one to resample from; pass "
-                "more prompts as reference=..., or another `to`"
+                f"pair {index} has {counted(len(clean), 'token')}, and no other prompt has as many: expected one to resample "
+                "from; pass more prompts as reference=..., or another `to`"
             )
         return Random(repr((self.others.seed, clean))).choice(fitting)
 
@@ -362,7 +362,7 @@ def ablated_parts(
         lens, saes, layers, positions: as in `ablate`.
 
     Raises:
-        FeatpatchError: if there is nothing to ablate, or the model lacks something.
+        FeatpatchError: there is nothing to ablate, or the model lacks something.
     """
     parts: list[Part] = []
     about: dict[str, Any] = {}
@@ -392,7 +392,7 @@ def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs |
     """Return the contrast in which these parts are ablated; the arguments are those of `ablate`.
 
     Raises:
-        FeatpatchError: if an argument is unknown or unused, only some pairs have a counterfactual, or the values would be the
+        FeatpatchError: an argument is unknown or unused, only some pairs have a counterfactual, or the values would be the
             prompt's own.
     """
     check_unmixed(pairs)
@@ -433,7 +433,7 @@ def named_values(
         pairs, to, reference, seed: as in `ablate`.
 
     Raises:
-        FeatpatchError: if an argument is unknown or unused, or the values would be the prompt's own.
+        FeatpatchError: an argument is unknown or unused, or the values would be the prompt's own.
     """
     number = is_finite(to)
     if not number and (not isinstance(to, str) or to not in ABLATION_VALUES):

@@ -308,7 +308,7 @@ def component_parts(
     """Return the parts of a study that cover these components, and the metadata to store with the results.
 
     Raises:
-        FeatpatchError: if a component or layer is unknown or absent from the model, or pattern entries are asked for at several
+        FeatpatchError: a component or layer is unknown or absent from the model, or pattern entries are asked for at several
             positions together.
     """
     names, chosen = check_components_and_layers(sites, layers, positions, lens.n_layers)

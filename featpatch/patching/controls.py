@@ -77,7 +77,7 @@ def random_controls(
         The effects of the feature and of the random directions, and the share of these that reach the feature's effect.
 
     Raises:
-        FeatpatchError: if the input is unusable, there are several dictionaries, the feature's index is out of range, or the
+        FeatpatchError: the input is unusable, there are several dictionaries, the feature's index is out of range, or the
             feature differs in no pair.
 
     Examples:

@@ -10,7 +10,7 @@ import pandas as pd
 from featpatch.effects.collector import concatenated
 from featpatch.effects.selection import measured_effect
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted
 from featpatch.frame import Frame
 from featpatch.nodes import DIRECTIONS, EFFECTS, TOGETHER, Combine, Direction, Effect, Node, Patch, Position
 from featpatch.page.page import Plotted
@@ -85,7 +85,7 @@ class Curve(Plotted):
         for (sae, position), rows in list(self.table().groupby(["sae", "position"], sort=False))[:SHOWN]:
             last = rows.iloc[-1]
             reached = ", ".join(f"{effect} {last[effect]:.2g}" for effect in effects)
-            shown.append(f"  {sae} @ {position}: {len(rows)} sets, {reached} with the top {last['k']}")
+            shown.append(f"  {sae} @ {position}: {counted(len(rows), 'set')}, {reached} with the top {last['k']}")
         more = [f"  and {len(self.features) - SHOWN} more"] if len(self.features) > SHOWN else []
         return visible("\n".join([*shown, *more]))
 
@@ -152,7 +152,7 @@ def top_k_curve(
         The curve, with a table of one row per dictionary, position and k, and a figure.
 
     Raises:
-        FeatpatchError: if the input is unusable.
+        FeatpatchError: the input is unusable.
 
     Examples:
         >>> curve = fp.top_k_curve(model, saes[0], pairs, most=8, positions=["S2"], progress=False)

@@ -74,7 +74,7 @@ def diagnose(
         NaN for a node that differs in no pair.
 
     Raises:
-        FeatpatchError: if there are no nodes, or a hook point, dictionary, feature, position or direction is unknown.
+        FeatpatchError: there are no nodes, or a hook point, dictionary, feature, position or direction is unknown.
 
     Examples:
         >>> table = fp.diagnose(model, saes, pairs, effects.top(3).nodes, directions=["denoising"])

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.errors import FeatpatchError, check_kinds, counted, errors_about
 from featpatch.model.cached import cached
 from featpatch.model.lens import Fired, Lens
 from featpatch.model.transformer_lens import ActivationCache, wrap
@@ -74,8 +74,8 @@ def choose(
         places: returns the token indices of a node.
 
     Raises:
-        FeatpatchError: if a hook point is unknown, a node belongs to no dictionary or to several, an index or position is out
-            of range, or nodes overlap.
+        FeatpatchError: a hook point is unknown, a node belongs to no dictionary or to several, an index or position is out of
+            range, or nodes overlap.
     """
     masks: dict[tuple[str, str], Chosen] = {}
     for node in patch.nodes:
@@ -104,8 +104,8 @@ def _columns(node: Node, part: Chosen, lens: Lens) -> slice:
     """Return the slice of features or coordinates that a node stands for.
 
     Raises:
-        FeatpatchError: if the index is out of range, a head is named where the activation has no heads, or nodes of this kind
-            name no values by themselves.
+        FeatpatchError: the index is out of range, a head is named where the activation has no heads, or nodes of this kind name
+            no values by themselves.
     """
     if node.kind == "all_features":
         return slice(None)
@@ -127,12 +127,7 @@ def _columns(node: Node, part: Chosen, lens: Lens) -> slice:
 
 
 def _check_apart(node: Node, site: str, where: list[int], masks: dict[tuple[str, str], Chosen]) -> None:
-    """Check that no value would be patched twice.
-
-    Raises:
-        FeatpatchError: if a node overlaps others at the same hook point: a whole activation and a part of it, or SAE nodes and
-            components.
-    """
+    """Raise a FeatpatchError if a node would patch a value that other nodes at the hook point patch too."""
     for part in (part for (other, _), part in masks.items() if other == site):
         mixed = (part.dictionary is None) != (node.kind in COMPONENT_KINDS)
         whole = part.dictionary is None and bool(node.kind == "activation" or part.rest[where].any())
@@ -147,15 +142,13 @@ def positions_in(node: Node, length: int, pair: Pair | None) -> list[int]:
     """Return the token indices of a node in a prompt of `length` tokens, that of a pair if it is given.
 
     Raises:
-        FeatpatchError: if the position is out of range, or a label that the pair lacks, or a label without a pair.
+        FeatpatchError: the position is out of range, a label that the pair lacks, or a label without a pair.
     """
-    try:
+    with errors_about(f"node {str(node)!r}"):
         if pair is not None:
             return pair.positions(node.position)
         if isinstance(node.position, int):
             return [token_index(node.position, length)]
-    except FeatpatchError as error:
-        raise FeatpatchError(f"node {str(node)!r}: {error}") from error
     if node.position != "all":
         raise FeatpatchError(
             f"node {str(node)!r} is at a label: expected a token index or 'all', or pair=..., whose labels it can name"
@@ -207,9 +200,9 @@ def do(
         calls that cover the source's positions; the tokens that continue a cached generation are left unchanged.
 
     Raises:
-        FeatpatchError: if a hook point is unknown, an index or position is out of range, the prompts have unequal lengths,
-            tokens begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter
-            than the source, another `do` on this model has not ended, or the patch was never applied.
+        FeatpatchError: a hook point is unknown, an index or position is out of range, the prompts have unequal lengths, tokens
+            begin or end with padding and there is no mask, a mask hides a patched position, the first call is shorter than the
+            source, another `do` on this model has not ended, or the patch was never applied.
 
     Examples:
         >>> import torch
@@ -301,11 +294,7 @@ def do(
 
 
 def _rows(name: str, tokens: Any) -> Int[torch.Tensor, "batch pos"]:
-    """Return token ids or a mask as a table of integers, one row per prompt.
-
-    Raises:
-        FeatpatchError: if they are not a tensor of integers `[batch, pos]` or `[pos]`.
-    """
+    """Return token ids or a mask as a table of one row per prompt; raise a FeatpatchError unless they are integers."""
     if not isinstance(tokens, torch.Tensor):
         other = ", or activations from model.run_with_cache(text)" if name == "source" else ""
         raise FeatpatchError(
@@ -322,7 +311,7 @@ def _mask(lens: Lens, name: str, tokens: torch.Tensor, given: Tokens | None) -> 
     """Return the attention mask of some prompts, or None if none is given and there is no padding.
 
     Raises:
-        FeatpatchError: if there is padding but no mask, or the mask does not fit the prompts.
+        FeatpatchError: there is padding but no mask, or the mask does not fit the prompts.
     """
     tokenizer = lens.tokenizer
     if given is None:
@@ -349,7 +338,7 @@ def _shown(
     """Return a mask of the positions at which every run has a token, or None if no run has a mask.
 
     Raises:
-        FeatpatchError: if a node is at a position that is padding in one of the runs.
+        FeatpatchError: a node is at a position that is padding in one of the runs.
     """
     if all(mask is None for mask in masks):
         return None
@@ -366,11 +355,7 @@ def _shown(
 
 
 def check_settable(lens: Lens, group: Chosen) -> None:
-    """Check that `how="set"` is possible at a hook point.
-
-    Raises:
-        FeatpatchError: if the dictionary reads after it writes, or the activation is not the residual stream itself.
-    """
+    """Raise a FeatpatchError if `how="set"` is not possible, for a dictionary that reads after it writes or for a copy."""
     site = group.site
     if sites.highest(group.hooks - {site}, lens.n_layers) > sites.layer_of(site):
         raise FeatpatchError(
@@ -416,13 +401,13 @@ def _on_prompt(
             if total.count:
                 return None
             raise FeatpatchError(
-                f"the model was called with {activation.shape[1]} tokens inside a patch of {length}: expected at least "
-                f"{length}, the source's positions first"
+                f"the model was called with {counted(activation.shape[1], 'token')} inside a patch of {length}: expected at "
+                f"least {length}, the source's positions first"
             )
         if batch not in (1, len(activation)):
             raise FeatpatchError(
-                f"the model was called with {len(activation)} prompts inside a patch of {batch}: expected {batch}; use the "
-                "batch size of the source"
+                f"the model was called with {counted(len(activation), 'prompt')} inside a patch of {batch}: expected "
+                f"{batch}; use the batch size of the source"
             )
         delta = change(activation[:, :length])
         if shown is not None:

@@ -153,7 +153,7 @@ def single_study(model: Any, sae: Any, pairs: Pairs, position: Position, options
         model, sae, pairs, options: as in `feature_study`.
 
     Raises:
-        FeatpatchError: if there are several dictionaries, or the input is unusable.
+        FeatpatchError: there are several dictionaries, or the input is unusable.
     """
     positions: Positions = "all" if position == "all" else [position]
     study, found = feature_study(model, sae, pairs, replace(options, positions=positions))

@@ -57,11 +57,7 @@ class JointPart(Part):
     node: Node
 
     def check(self, pairs: Pairs) -> None:
-        """Check that the nodes can be set together in every pair.
-
-        Raises:
-            FeatpatchError: nodes overlap, or a value can't be set at its hook point.
-        """
+        """Raise a FeatpatchError if nodes overlap in a pair, or a value can't be set at its hook point."""
         for group in each(self._groups, list(pairs))[0]:
             check_settable(self.lens, group)
 
@@ -339,11 +335,7 @@ def _combine(nodes: Sequence[Node], found: Sequence[Dictionary], combine: Any) -
 
 
 def _named(lens: Lens, node: Node) -> Node:
-    """Return a node with the model's name of its hook point.
-
-    Raises:
-        FeatpatchError: the node is that of the logits, which nothing can be patched into.
-    """
+    """Return a node with the model's name of its hook point; raise a FeatpatchError if it is that of the logits."""
     if node == LOGITS:
         raise FeatpatchError("'logits' is among the nodes: expected nodes inside the model; leave it out")
     return replace(node, site=lens.site(node.site))

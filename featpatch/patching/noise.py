@@ -68,7 +68,7 @@ class Noise:
         """Return the token positions that get noise in a pair.
 
         Raises:
-            FeatpatchError: if the pair has no such label or index.
+            FeatpatchError: the pair has no such label or index.
         """
         return sorted({p for position in self.positions for p in pair.positions(position)})
 

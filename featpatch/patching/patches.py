@@ -134,11 +134,7 @@ def _summed(member: Bool[torch.Tensor, "patches nodes"], changes: Sequence[Delta
 
 
 def check_apart(patches: Mapping[Node, Sequence[Node]], found: Sequence[Dictionary], pairs: Pairs) -> None:
-    """Check that no patch changes the same value twice, because the changes of its nodes are added up.
-
-    Raises:
-        FeatpatchError: two nodes of a patch overlap in a pair.
-    """
+    """Raise a FeatpatchError if a patch changes the same value twice, because the changes of its nodes are added up."""
     outputs = {dictionary.name: dictionary.outputs for dictionary in found}
     for nodes in patches.values():
         for one, other in combinations(nodes, 2):

@@ -10,11 +10,10 @@ import torch
 from featpatch import sites
 from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
-from featpatch.errors import FeatpatchError
 from featpatch.metrics import SEQUENCES
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import Edge, Node, check_senders
+from featpatch.nodes import Edge, Node, check_reached, check_senders
 from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import Part, Swap
@@ -136,11 +135,7 @@ def path_study(
     sending, receiving = (check_nodes(lens, n, found, name) for n, name in ((senders, "senders"), (receivers, "receivers")))
     check_senders(sending)
     part = EdgePart(lens, Senders.of(lens, sending, found), [receiver_of(lens, node, found) for node in receiving], route, only)
-    if not any(part.edges.values()):
-        raise FeatpatchError(
-            "no receiver is downstream of a sender: expected at least one path; choose receivers in later layers than the "
-            "senders"
-        )
+    check_reached(any(part.edges.values()))
     about = {
         "saes": {dictionary.name: dictionary.digest() for dictionary in found},
         "route": route,

@@ -24,6 +24,7 @@ from featpatch.patching.components import HeadPart, WholePart
 from featpatch.patching.features import FeaturePart
 from featpatch.patching.runs import PairRuns, Run
 from featpatch.sae.dictionary import Dictionary
+from featpatch.sae.nodes import names_of
 from featpatch.sites import Route
 
 Place = tuple[int, str]
@@ -205,7 +206,7 @@ def receiver_of(lens: Lens, node: Node, found: Sequence[Dictionary]) -> Receiver
     """Return the receiver for a node.
 
     Raises:
-        FeatpatchError: if no path can end at the node, or its dictionary is not among those given.
+        FeatpatchError: no path can end at the node, or its dictionary is not among those given.
     """
     if node == LOGITS:
         last = sites.resid_post(lens.n_layers - 1)
@@ -225,9 +226,8 @@ def receiver_of(lens: Lens, node: Node, found: Sequence[Dictionary]) -> Receiver
     if node.kind == "head" and (site == z or sites.is_component(site, "q", "k", "v")) and node.index is not None:
         return HeadReceiver(node, (site,), z, lens, node.index)
     raise FeatpatchError(
-        f"receiver {str(node)!r}: expected a feature or error of "
-        f"{', '.join(sorted(d.name for d in found)) or 'an SAE (pass saes=...)'}, a head at hook_q, hook_k, hook_v or hook_z, "
-        "a whole activation such as hook_mlp_out, or 'logits'"
+        f"receiver {str(node)!r}: expected a feature or error of {names_of(found)}, a head at hook_q, hook_k, hook_v "
+        "or hook_z, a whole activation such as hook_mlp_out, or 'logits'"
     )
 
 
@@ -250,7 +250,7 @@ class Senders:
         """Make senders of nodes: features and errors of these dictionaries, heads (at `hook_z`) and whole activations.
 
         Raises:
-            FeatpatchError: if a node has another kind or hook point, or its dictionary is not among those given.
+            FeatpatchError: a node has another kind or hook point, or its dictionary is not among those given.
         """
         by_name = {dictionary.name: dictionary for dictionary in found}
         parts: dict[tuple[str, str], Part] = {}
@@ -259,8 +259,7 @@ class Senders:
             if site != node.site or sites.entry(site) is None:
                 raise FeatpatchError(
                     f"sender {str(node)!r} does not write to the residual stream: expected a feature or error of "
-                    f"{', '.join(sorted(by_name)) or 'an SAE (pass saes=...)'}, a head at hook_z, or a whole activation such "
-                    "as hook_mlp_out"
+                    f"{names_of(found)}, a head at hook_z, or a whole activation such as hook_mlp_out"
                 )
             if node.kind in ("feature", "error", "all_features") and node.sae in by_name:
                 parts["sae", node.sae] = FeaturePart([by_name[node.sae]], frozenset(n for n in nodes if n.sae == node.sae))
@@ -270,9 +269,8 @@ class Senders:
                 parts["heads", site] = HeadPart(lens, sites.layer_of(site), "z")
             else:
                 raise FeatpatchError(
-                    f"sender {str(node)!r}: expected a feature or error of "
-                    f"{', '.join(sorted(by_name)) or 'an SAE (pass saes=...)'} with the SAE's name in the node, a head at "
-                    "hook_z, or a whole activation"
+                    f"sender {str(node)!r}: expected a feature or error of {names_of(found)} with the SAE's name in the "
+                    "node, a head at hook_z, or a whole activation"
                 )
         return cls(lens, nodes, list(parts.values()))
 

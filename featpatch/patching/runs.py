@@ -107,7 +107,7 @@ class AtAnswer:
         """Return a single reading, at the answer position.
 
         Raises:
-            FeatpatchError: if a metric reads one token and the pair's answers have several.
+            FeatpatchError: a metric reads one token and the pair's answers have several.
         """
         need = [part.name for part in self.measures.parts if part.of_answers]
         check_answers(pair, need)
@@ -131,7 +131,7 @@ def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Readi
     """Return the readings of every pair, after checking that the model accepts its tokens.
 
     Raises:
-        FeatpatchError: if the metric does not read answers of this kind, a token is unknown, a prompt is too long, or an answer
+        FeatpatchError: the metric does not read answers of this kind, a token is unknown, a prompt is too long, or an answer
             would follow the prompt of a model that attends in both directions.
     """
     readings = dict(enumerate(each(read.readings, list(pairs))))
@@ -160,7 +160,7 @@ def readout(metric: Metrics | Readout, refused: Collection[str] = (), use: str =
         single: whether only one metric is accepted.
 
     Raises:
-        FeatpatchError: if a metric is unknown, there is none, two have the same name, or sequence metrics come with others.
+        FeatpatchError: a metric is unknown, there is none, two have the same name, or sequence metrics come with others.
     """
     if isinstance(metric, Readout):
         return metric
@@ -331,11 +331,7 @@ class Runner:
 
 
 def check_labelled(runner: Runner) -> None:
-    """Check that pairs which are patched label by label are patched at labels alone.
-
-    Raises:
-        FeatpatchError: they are not.
-    """
+    """Raise a FeatpatchError unless pairs which are patched label by label are patched at labels alone."""
     for index, (pair, wanted) in enumerate(zip(runner.pairs, runner.wanted, strict=True)):
         others = [position for position in wanted if position == "all" or not isinstance(position, str)]
         if others and runner.labelled(pair):

@@ -60,11 +60,7 @@ class OfSequences:
         return torch.stack([found[name] for name in self.names], dim=1)
 
     def _sides(self, pair: Pair) -> tuple[Sequence[tuple[int, ...]], ...]:
-        """Return the correct answers and, if a metric needs them, the wrong answers.
-
-        Raises:
-            FeatpatchError: if wrong answers are needed and there are none.
-        """
+        """Return the correct answers and, if a metric needs them, the wrong ones; raise a FeatpatchError if it lacks these."""
         if "sequence_log_prob_diff" in self.names and not pair.answers[1]:
             raise FeatpatchError(
                 "metric 'sequence_log_prob_diff' compares correct with wrong answers, and a pair has no wrong answers: "

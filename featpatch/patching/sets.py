@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
-from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers, decimal, is_integer
+from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers, counted, decimal, is_integer, listed
 from featpatch.frame import Frame
 from featpatch.nodes import DIRECTIONS, EFFECTS, Combine, Direction, Effect, Node, Patch, Position, check_directions
 from featpatch.pairs.pair import Positions
@@ -188,7 +188,7 @@ def interactions(
         (`_low`, `_high`).
 
     Raises:
-        FeatpatchError: if the input is unusable, or there are fewer than two features.
+        FeatpatchError: the input is unusable, or there are fewer than two features.
 
     Examples:
         >>> table = fp.interactions(model, saes[0], pairs, top=3, position="S2", progress=False)
@@ -228,11 +228,7 @@ def interactions(
 
 
 def _given(asked: Sets, features: Any) -> list[Node]:
-    """Return the nodes of features that the user names.
-
-    Raises:
-        FeatpatchError: one is unknown, or at another position.
-    """
+    """Return the nodes of features that the user names; raise a FeatpatchError if one is unknown or at another position."""
     given: list[Any] | None = None
     if isinstance(features, (Sequence, Effects)):
         given = list(features.nodes if isinstance(features, Effects) else features)
@@ -282,11 +278,11 @@ class Selection:
     reached: bool
 
     def __repr__(self) -> str:
-        verb, value = "bring back" if self.effect == "recovery" else "cost", self.effects.pooled(self.effect)[-1]
+        value, s = self.effects.pooled(self.effect)[-1], "s" * (len(self.features) == 1)
+        verb = f"bring{s} back" if self.effect == "recovery" else f"cost{s}"
         short = "" if self.reached else f", short of {self.target:.0%}"
-        more = f" and {len(self.features) - SHOWN} more" if len(self.features) > SHOWN else ""
-        share = f"{decimal(value, '.0%')}{short}"
-        return f"{len(self.features)} features {verb} {share}: {', '.join(map(str, self.features[:SHOWN]))}{more}"
+        share, shown = f"{decimal(value, '.0%')}{short}", listed(list(map(str, self.features)), SHOWN)
+        return f"{counted(len(self.features), 'feature')} {verb} {share}: {shown}"
 
 
 def select_features(
@@ -325,7 +321,7 @@ def select_features(
         The features in the order in which they were selected, with the effects of the growing sets in both directions.
 
     Raises:
-        FeatpatchError: if the input is unusable, or no feature differs.
+        FeatpatchError: the input is unusable, or no feature differs.
 
     Examples:
         >>> chosen = fp.select_features(model, saes[0], pairs, candidates=16, most=3, position="S2", progress=False)

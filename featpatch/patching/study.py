@@ -120,7 +120,7 @@ class Study:
             contrast: the choice of base and source runs; None for those of the pairs.
 
         Raises:
-            FeatpatchError: if the input is unusable.
+            FeatpatchError: the input is unusable.
         """
         read, noise, batch_rows = readout(options.metric), options.noise, options.batch_rows
         chosen = check_directions(options.directions)
@@ -163,7 +163,7 @@ class Study:
             executor: where forward passes run, see `executor_of`; in this process by default.
 
         Raises:
-            FeatpatchError: if the gap is near zero, a metric becomes NaN, or the journal belongs to another sweep.
+            FeatpatchError: the gap is near zero, a metric becomes NaN, or the journal belongs to another sweep.
         """
         noise = self.runner.noise
         if noise is not None and noise.draws > 1:

@@ -156,11 +156,7 @@ class CrossLayerTranscoder(Cross):
 
 
 def _matrices(way: str, given: Any, layers: int) -> list[Matrix]:
-    """Return matrices by layer as a list.
-
-    Raises:
-        FeatpatchError: they are not one for each layer.
-    """
+    """Return matrices by layer as a list; raise a FeatpatchError unless there is one for each layer."""
     listed = list(given) if isinstance(given, (list, tuple, torch.Tensor, torch.nn.ParameterList)) else []
     if len(listed) != layers or not all(isinstance(each, (torch.Tensor, Stored)) and len(each.shape) >= 2 for each in listed):
         found = f"{len(listed)} of them" if listed else f"a {type(given).__name__}"

@@ -97,11 +97,7 @@ class Cross:
         return visible(f"{type(self).__name__} of {size} features, {' -> '.join(ends)}")
 
     def _settle(self, activation: str | None, threshold: Any, k: Any, name: str, model: str | None) -> None:
-        """Check and set what cross-layer transcoders and crosscoders have in common, after their groups.
-
-        Raises:
-            FeatpatchError: an argument is not valid, or a weight in memory is not finite.
-        """
+        """Set what CLTs and crosscoders have in common; raise a FeatpatchError unless it is valid and weights are finite."""
         check_kinds(str, name=name)
         if activation is None:
             activation = "topk" if k is not None else "relu" if threshold is None else "jumprelu"
@@ -143,11 +139,7 @@ def hooks_of(way: str, given: Any, count: int, *, distinct: bool) -> tuple[str, 
 
 
 def checked(what: str, tensor: Any, shape: tuple[int, ...]) -> Any:
-    """Return a tensor without its gradient, after checking it.
-
-    Raises:
-        FeatpatchError: it has another shape, or is of no floating-point dtype.
-    """
+    """Return a tensor without its gradient; raise a FeatpatchError unless it has this shape and a floating-point dtype."""
     if not isinstance(tensor, (torch.Tensor, Stored)) or tuple(tensor.shape) != shape or tensor.dtype not in TYPES:
         found = f"{list(tensor.shape)} of {tensor.dtype}" if hasattr(tensor, "shape") else f"a {type(tensor).__name__}"
         raise FeatpatchError(

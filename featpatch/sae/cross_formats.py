@@ -193,11 +193,7 @@ def _jumping(threshold: torch.Tensor | None) -> str:
 
 
 def _stacked(part: str, found: Sequence[Stored]) -> torch.Tensor:
-    """Read small tensors of all layers and stack them.
-
-    Raises:
-        FeatpatchError: they have different shapes.
-    """
+    """Read small tensors of all layers and stack them; raise a FeatpatchError if their shapes differ."""
     if len({each.shape for each in found}) > 1:
         raise FeatpatchError(f"{part} has the shapes {[list(each.shape) for each in found]}: expected the same in each layer")
     return torch.stack([each.read() for each in found])
@@ -218,11 +214,7 @@ def _kept(what: str, found: Sequence[Stored]) -> Sequence[Matrix]:
 
 
 def _by_layer(given: Hook, said: Any, layers: int, way: str, example: str) -> Any:
-    """Return the hook points that the user names, or else the one that the configuration names, in every layer.
-
-    Raises:
-        FeatpatchError: neither names any.
-    """
+    """Return the hook points that the user names, else those of the configuration; raise a FeatpatchError if neither does."""
     if given is None and not isinstance(said, str):
         raise FeatpatchError(
             f"the files do not say which hook points the dictionary {'reads' if way == 'hook' else 'writes'}: pass {way}=, a "

@@ -105,22 +105,14 @@ def _norms(decoder: torch.Tensor, kind: int, alphas: Sequence[Any]) -> torch.Ten
 
 
 def _check_dtypes(state: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
-    """Check that weights are floating-point numbers, before arithmetic on them makes them so.
-
-    Raises:
-        FeatpatchError: a tensor is of another dtype.
-    """
+    """Raise a FeatpatchError unless weights are floating-point numbers, before arithmetic on them makes them so."""
     for name in names:
         if state[name].dtype not in TYPES:
             raise FeatpatchError(f"{name} is {state[name].dtype}: expected one of {', '.join(map(str, TYPES))}")
 
 
 def _listed(given: Hook, way: str, count: int) -> Any:
-    """Return the hook points that the user names.
-
-    Raises:
-        FeatpatchError: there are none.
-    """
+    """Return the hook points that the user names; raise a FeatpatchError if there are none."""
     if given is None:
         raise FeatpatchError(
             f"the files do not say which hook points the crosscoder {'reads' if way == 'hook' else 'writes'}: pass {way}=, a "

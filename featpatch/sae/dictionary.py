@@ -63,20 +63,12 @@ class Dictionary:
 
     @property
     def reads(self) -> str:
-        """The only hook point that the dictionary reads.
-
-        Raises:
-            FeatpatchError: it reads or writes several.
-        """
+        """The only hook point that the dictionary reads; raises a FeatpatchError if it reads or writes several."""
         return self._only(self.inputs)
 
     @property
     def writes(self) -> str:
-        """The only hook point that the dictionary writes.
-
-        Raises:
-            FeatpatchError: it reads or writes several.
-        """
+        """The only hook point that the dictionary writes; raises a FeatpatchError if it reads or writes several."""
         return self._only(self.outputs)
 
     def _only(self, hooks: tuple[str, ...]) -> str:
@@ -164,23 +156,24 @@ class Dictionary:
         """
         return self.differentiable_split(activations)
 
-    def differentiable_split(self, activations: Mapping[str, torch.Tensor]) -> Split:
-        """Split an activation, see `split`, and keep the gradient.
+    def encode(self, x: torch.Tensor) -> Code:
+        """Encode a flat activation; raise a FeatpatchError if it needs a gradient and the encoder passes none on."""
+        code = self.codec.encode(x)
+        if torch.is_grad_enabled() and x.requires_grad and not code.features.requires_grad:
+            raise FeatpatchError(
+                f"{self.name} ({self.codec.kind}) has an encoder without a gradient: expected an SAE from sae-lens; or pass "
+                "scores='exact'"
+            )
+        return code
 
-        Raises:
-            FeatpatchError: features or errors are not finite, or the encoder passes no gradient on.
-        """
+    def differentiable_split(self, activations: Mapping[str, torch.Tensor]) -> Split:
+        """Split an activation, see `split`, and keep the gradient, see `encode`."""
         read, written = (self._flat(activations, hooks) for hooks in (self.inputs, self.outputs))
-        code = self.codec.encode(read)
+        code = self.encode(read)
         error = written.to(code.features.device) - self.codec.decode(code.features, code.state)
         if not torch.isfinite(code.features).all() or not torch.isfinite(error).all():
             raise FeatpatchError(
                 f"{self.name} returns NaN or infinite features or errors: expected finite numbers; check the SAE's weights"
-            )
-        if torch.is_grad_enabled() and read.requires_grad and not code.features.requires_grad:
-            raise FeatpatchError(
-                f"{self.name} ({self.codec.kind}) has an encoder without a gradient: expected an SAE from sae-lens; or pass "
-                "scores='exact'"
             )
         return Split(code.features, code.state, error)
 

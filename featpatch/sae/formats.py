@@ -168,11 +168,7 @@ def _named(
 
 
 def _check_stated(weights: Weights, **stated: Any) -> None:
-    """Check that the widths in a configuration, if it states any, are those of the weights.
-
-    Raises:
-        FeatpatchError: a width differs.
-    """
+    """Raise a FeatpatchError unless the widths in a configuration, if it states any, are those of the weights."""
     d_in, d_sae = weights.tensors["W_enc"].shape
     for name, size in stated.items():
         actual = d_in if name in ("d_in", "activation_dim") else d_sae
@@ -316,11 +312,7 @@ def _circuit_tracer(origin: str, state: Mapping[str, torch.Tensor], function: An
 
 
 def _circuit_tracer_config(folder: Path) -> dict[str, Any]:
-    """Read the configuration of a set of transcoders.
-
-    Raises:
-        FeatpatchError: its files are elsewhere.
-    """
+    """Read the configuration of a set of transcoders; raise a FeatpatchError if its files are elsewhere."""
     settings = settings_of(folder / "config.yaml", read_yaml)
     files = settings.get("transcoders")
     if isinstance(files, list) and not any(folder.glob("layer_*.safetensors")):

@@ -14,7 +14,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens.supported_models import MODEL_ALIASES
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, listed
 from featpatch.files import as_path, read_json
 from featpatch.model.sources import check_device, check_there, folder_with, near_folder, not_found, numerically
 from featpatch.sae import cross_formats
@@ -139,11 +139,7 @@ def _across(repository: str, folder: str, hooks: cross_formats.Hooks) -> Cross |
 def _from_hub(
     source: str, device: str, dtype: str | None, norm_scaling_factor: float | None, hooks: cross_formats.Hooks
 ) -> SAE[Any] | Weights | Cross:
-    """Load an SAE from the registry or a repository in sae-lens' format, or what a repository holds in another format.
-
-    Raises:
-        FeatpatchError: the SAE can't be loaded.
-    """
+    """Load an SAE from the registry or a repository in sae-lens' format, or what a repository holds in another format."""
     if source.count("/") == 1 and source.partition("/")[0] not in get_pretrained_saes_directory():
         try:
             whole = _across(source, "", hooks)
@@ -173,11 +169,7 @@ def _from_hub(
 
 
 def _summed(source: str, repository: str, hooks: cross_formats.Hooks) -> Cross:
-    """Load the whole of a cross-layer transcoder of which sae-lens loads single layers.
-
-    Raises:
-        FeatpatchError: it can't be loaded.
-    """
+    """Load the whole of a cross-layer transcoder of which sae-lens loads single layers."""
     try:
         whole = _across(repository, "", hooks)
     except FeatpatchError:
@@ -296,8 +288,8 @@ def _inside(folder: Path) -> list[str]:
 
 def _several(name: str, inside: Sequence[str]) -> str:
     """Return the error message for a folder or repository that holds several dictionaries."""
-    listed = ", ".join(inside[:40]) + (", ..." if len(inside) > 40 else "")
-    return f"{name!r} holds several dictionaries ({listed}): expected one; name it, such as {f'{name}/{inside[0]}'!r}"
+    example = f"{name}/{inside[0]}"
+    return f"{name!r} holds several dictionaries ({listed(inside, 40)}): expected one; name it, such as {example!r}"
 
 
 def _among(names: Iterable[str]) -> list[str]:
@@ -320,11 +312,7 @@ def _files_of(folder: str) -> list[str]:
 
 
 def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_factor: float | None) -> SAE[Any]:
-    """Load an SAE from disk and fold in the statistics of its training, as `from_pretrained` does.
-
-    Raises:
-        FeatpatchError: the SAE can't be loaded.
-    """
+    """Load an SAE from disk and fold in the statistics of its training, as `from_pretrained` does."""
     try:
         settings = read_json((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
         check_sizes(settings if isinstance(settings, dict) else {})
@@ -351,11 +339,7 @@ def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_fact
 
 
 def _check_types(cfg: Any) -> None:
-    """Check the types of a configuration against those that its class declares, which sae-lens does not check.
-
-    Raises:
-        FeatpatchError: a setting has another type.
-    """
+    """Raise a FeatpatchError unless settings have the types that their class declares, which sae-lens does not check."""
     kinds: dict[Any, tuple[type, ...]] = {bool: (bool,), str: (str,), int: (int, float), float: (int, float)}
     for name, kind in get_type_hints(type(cfg)).items():
         value = getattr(cfg, name)

@@ -1,7 +1,7 @@
 """Nodes of dictionaries: features, errors and all features, and the dictionaries to which they belong."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -101,6 +101,11 @@ def _belonging(lens: Lens, node: Node, dictionary: Dictionary) -> Node:
     return replace(node, site=site if known else lens.site(site), sae=dictionary.name)
 
 
+def names_of(found: Iterable[Dictionary]) -> str:
+    """Return the names of dictionaries for an error that expects a node of one of them, or what to pass if there are none."""
+    return ", ".join(sorted(dictionary.name for dictionary in found)) or "an SAE (pass saes=...)"
+
+
 def together(dictionary: Dictionary) -> str:
     """Return what stands for the hook points of a dictionary that writes several, in the nodes of patches at all of them."""
     return f"{dictionary.name}{TOGETHER}"
@@ -133,7 +138,9 @@ def check_nodes(lens: Lens, nodes: Any, owners: Sequence[Dictionary], name: str)
             chosen[number] = node = with_owner(lens, node, owners)[0]
         owner = next((dictionary for dictionary in owners if dictionary.name == node.sae), None)
         if node.kind in COMPONENT_KINDS and node.sae:
-            raise FeatpatchError(f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for an {node.kind}")
+            raise FeatpatchError(
+                f"{name}: {str(node)!r} names the SAE {node.sae!r}: expected sae='' for a node of kind {node.kind!r}"
+            )
         if node.kind == "edge" or node.site.endswith(TOGETHER):
             raise FeatpatchError(
                 f"{name}: {str(node)!r} does not say which values to patch: expected nodes such as features and heads; leave "

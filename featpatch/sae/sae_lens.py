@@ -52,11 +52,7 @@ SIZES = (
 
 
 def check_sizes(settings: Mapping[str, Any]) -> None:
-    """Check that every count in a configuration is positive, and that `k` is not larger than `d_sae`.
-
-    Raises:
-        FeatpatchError: a size is below 1, or more features are kept than there are.
-    """
+    """Raise a FeatpatchError unless every count in a configuration is positive and `k` at most `d_sae`."""
     sizes = {name: settings[name] for name in SIZES if isinstance(settings.get(name), (int, float))}
     for name, size in sizes.items():
         most = sizes.get("d_sae", size) if name in ("k", "kval_topk") else size
@@ -337,11 +333,7 @@ def hook_of(lens: Lens, said: Training, name: str) -> str:
 
 
 def _embedding(lens: Lens) -> str:
-    """Return the hook point at the input of the first layer, if it holds the embedding.
-
-    Raises:
-        FeatpatchError: the model changes the embedding before the first layer.
-    """
+    """Return the hook point at the input of the first layer; raise a FeatpatchError unless it holds the embedding."""
     entry = sites.resid_pre(0)
     both = lens.read(torch.tensor([[0, 1, 2]]), [sites.EMBEDDING, entry])
     if not torch.equal(both[sites.EMBEDDING], both[entry]):

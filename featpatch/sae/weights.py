@@ -114,21 +114,13 @@ class Weights:
         return replace(self, reads=reads, writes=writes or reads)
 
     def to(self, dtype: str | None, device: str) -> "Weights":
-        """Return the same weights on another device and in another dtype; None keeps their own dtype.
-
-        Raises:
-            FeatpatchError: the dtype is unknown.
-        """
+        """Return the same weights on another device and in another dtype, see `dtype_named`; None keeps their own dtype."""
         own = dtype_named(dtype) or self.tensors["W_enc"].dtype
         return replace(self, tensors={name: each.to(device=device, dtype=own) for name, each in self.tensors.items()})
 
 
 def dtype_named(dtype: str | None) -> torch.dtype | None:
-    """Return the dtype of a name; None for None.
-
-    Raises:
-        FeatpatchError: the dtype is unknown.
-    """
+    """Return the dtype of a name, and None for None; raise a FeatpatchError if the name is unknown."""
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else None
     if dtype is not None and wanted not in TYPES:
         raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(str(kind)[6:] for kind in TYPES)}")

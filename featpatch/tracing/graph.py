@@ -26,7 +26,7 @@ from featpatch.pairs.tokens import AnswerTokens
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.tracing.frozen import FrozenPath, Targets
 from featpatch.tracing.influence import Kinds, cumulative, influence, normalised, partial_influence, scores, totals
-from featpatch.tracing.prompt import prompt_of
+from featpatch.tracing.prompt import prompt_of, words_of
 from featpatch.tracing.result import AttributionGraph
 from featpatch.tracing.sources import Sources, sources
 
@@ -106,19 +106,15 @@ def attribution_graph(
     graph = replace(
         graph,
         prompt=tuple(ids),
-        words=_words(lens, ids),
+        words=words_of(lens, ids),
         text="" if lens.tokenizer is None else lens.tokenizer.decode(list(ids)),
-        answers=_words(lens, logits.tokens),
+        answers=words_of(lens, logits.tokens),
         model=lens.name,
         n_layers=lens.n_layers,
         source_set=known.pop() if len(known) == 1 else "",
     )
     _check_sums(lens, graph)
     return graph
-
-
-def _words(lens: Lens, ids: Sequence[int]) -> tuple[str, ...]:
-    return tuple(str(token) if lens.tokenizer is None else lens.tokenizer.decode([token]) for token in ids)
 
 
 @dataclass(frozen=True)
@@ -133,11 +129,7 @@ class _Logits:
 
     @classmethod
     def of(cls, lens: Lens, path: FrozenPath, tokens: torch.Tensor, wanted: Any) -> "_Logits":
-        """Choose the target logits.
-
-        Raises:
-            FeatpatchError: a target is not a token.
-        """
+        """Choose the target logits; raise a FeatpatchError if a target is not a token."""
         head, last = head_from(lens.model), tokens.shape[1] - 1
         like, final = path.streams[0], path.streams[-1]
         answer = wide(lens.answer(tokens, torch.tensor([last])))[0].to(like)
@@ -272,11 +264,7 @@ class _Builder:
 
 
 def _check_sums(lens: Lens, graph: AttributionGraph) -> None:
-    """Check that the inputs of each node sum to its value.
-
-    Raises:
-        FeatpatchError: they do not.
-    """
+    """Raise a FeatpatchError unless the inputs of each node sum to its value."""
     off = abs(graph.residual())
     size = max(abs(graph.values[graph.targets]).max(), abs(graph.adjacency).sum(1).max(), 1e-30)
     if not off.max() <= 4 * rounding(lens) * size:

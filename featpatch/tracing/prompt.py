@@ -1,5 +1,6 @@
 """The prompt of an attribution graph or a query-key attribution: a text, token ids or a pair."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from featpatch.errors import FeatpatchError, is_integer
@@ -37,3 +38,8 @@ def prompt_of(lens: Lens, prompt: Any) -> tuple[tuple[int, ...], frozenset[int]]
 
 def _alone(ids: tuple[int, ...]) -> Pair:
     return Pair(ids, ids, (), ())
+
+
+def words_of(lens: Lens, ids: Sequence[int]) -> tuple[str, ...]:
+    """Return the text of each token, or its id if the model has no tokenizer."""
+    return tuple(str(token) if lens.tokenizer is None else lens.tokenizer.decode([token]) for token in ids)

@@ -27,7 +27,7 @@ from featpatch.nodes import Node, Position
 from featpatch.pairs.pair import Pair, token_index
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary, dictionaries
-from featpatch.tracing.prompt import prompt_of
+from featpatch.tracing.prompt import prompt_of, words_of
 from featpatch.untrusted import visible
 
 Heads = Float[torch.Tensor, "parts d_head"]
@@ -171,7 +171,7 @@ def qk_attribution(
     products = sides.linear("query", ends[0], vectors[0]) @ sides.linear("key", ends[1], vectors[1]).T
     scores = sides.scores(ends[0])
     _check_pattern(lens, made, scores, wide(read[pattern])[0, head, ends[0]].to(scores))
-    words = [str(ids[at]) if lens.tokenizer is None else lens.tokenizer.decode([ids[at]]) for at in ends]
+    words = words_of(lens, [ids[at] for at in ends])
     values = (products * made.scale).cpu().numpy()
     return QueryKeyAttribution(
         parts[0], parts[1], values, float(scores[ends[1]]), int(layer), int(head), ends[0], ends[1], (words[0], words[1])
@@ -179,11 +179,7 @@ def qk_attribution(
 
 
 def _index(prompt: Any, name: str, position: Any, length: int) -> int:
-    """Return the token index of a position.
-
-    Raises:
-        FeatpatchError: it is not the position of one token.
-    """
+    """Return the token index of a position; raise a FeatpatchError unless it is the position of one token."""
     if is_integer(position):
         return token_index(int(position), length)
     labels = prompt.labels if isinstance(prompt, Pair) else {}
@@ -290,11 +286,7 @@ class _Sides:
 
 
 def _check_pattern(lens: Lens, layer: Layer, scores: torch.Tensor, pattern: torch.Tensor) -> None:
-    """Check that the softmax of the scores is the attention of the model.
-
-    Raises:
-        FeatpatchError: it is not.
-    """
+    """Raise a FeatpatchError unless the softmax of the scores is the attention of the model."""
     seen = pattern > 0
     expected = torch.where(seen, soft_capped(scores, layer.softcap), -torch.inf).softmax(0)
     off = float((expected - pattern).abs().max())

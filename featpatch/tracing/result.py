@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted, is_number
 from featpatch.frame import Frame
 from featpatch.nodes import LOGITS, Node, Patch
 from featpatch.tracing.influence import Kinds, pruned
@@ -254,7 +254,7 @@ class AttributionGraph:
         )
         pruning = "" if self.pruning is None else f", pruned to {self.pruning[0]:g} and {self.pruning[1]:g} of the influence"
         return visible(
-            f"attribution graph{shown}: {kinds.features} features, {kinds.errors} errors, {kinds.tokens} tokens, "
-            f"{kinds.logits} logits ({logits}), {edges} edges{pruning}; replacement {self.replacement_score:.2f}, completeness "
-            f"{self.completeness_score:.2f}"
+            f"attribution graph{shown}: {counted(kinds.features, 'feature')}, {counted(kinds.errors, 'error')}, "
+            f"{counted(kinds.tokens, 'token')}, {counted(kinds.logits, 'logit')} ({logits}), {counted(edges, 'edge')}{pruning}"
+            f"; replacement {self.replacement_score:.2f}, completeness {self.completeness_score:.2f}"
         )

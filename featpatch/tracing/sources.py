@@ -288,11 +288,7 @@ class _Part:
 
 
 def _check(each: Dictionary) -> None:
-    """Check that a dictionary replaces MLPs and adds each feature along a fixed direction.
-
-    Raises:
-        FeatpatchError: it does not.
-    """
+    """Raise a FeatpatchError unless a dictionary replaces MLPs and adds each feature along a fixed direction."""
     wrong = next((hook for hook in each.outputs if not sites.is_mlp_output(hook)), None)
     if wrong is not None:
         raise FeatpatchError(
@@ -316,11 +312,7 @@ def _check(each: Dictionary) -> None:
 
 
 def _plain(each: Dictionary, split: Split) -> Split:
-    """Return a split, after checking that decoding needs nothing but the features and a skip path.
-
-    Raises:
-        FeatpatchError: it needs more.
-    """
+    """Return a split; raise a FeatpatchError if decoding needs more than the features and a skip path."""
     others = set(split.state) - {"skip"}
     if others:
         raise FeatpatchError(

@@ -32,7 +32,7 @@ from featpatch.circuits.edge_runs import COMPARED, EdgeRuns, Run
 from featpatch.circuits.graph import announcing
 from featpatch.errors import FeatpatchError, counted
 from featpatch.model.backward import modified, under
-from featpatch.model.facts import forward_hooks, once
+from featpatch.model.facts import once, settings
 from featpatch.model.layer import Head, close, head_from
 from featpatch.model.projections import rounding
 from featpatch.nodes import Edge, Node
@@ -191,7 +191,7 @@ class EdgeGraph(EdgeRuns):
             logits = self.unembedded(stream, tokens, torch.tensor([tokens.shape[1] - 1]))
             return close(found(stream[:, -1], None), logits)
 
-        return found if once(self.lens.model, compare, "head", forward_hooks(self.lens.model)) else None
+        return found if once(self.lens.model, compare, "head", settings(self.lens.model)) else None
 
     @torch.no_grad()
     def measured(self, kept: torch.Tensor, some: Sequence[int]) -> torch.Tensor:

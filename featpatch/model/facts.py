@@ -203,9 +203,26 @@ def once(module: torch.nn.Module, find: Callable[[torch.nn.Module], Found], *abo
     return result
 
 
-def forward_hooks(module: torch.nn.Module) -> tuple[int, ...]:
-    """Return torch's ids of all forward hooks of a module and its parts, by which a change of hooks is noticed."""
-    return tuple(hook for part in module.modules() for hook in (*part._forward_pre_hooks, *part._forward_hooks))
+def settings(module: torch.nn.Module) -> tuple[Hashable, ...]:
+    """Return what a module and its parts compute with besides weights, by which a change is noticed.
+
+    These are numbers, texts and functions among their attributes (also of their configurations and of modules that are kept as
+    plain attributes), such as an activation function or a replaced `forward`, and the ids of torch's hooks.
+    """
+    every = torch.nn.modules.module
+    found: list[Any] = [*every._global_forward_pre_hooks, *every._global_forward_hooks]
+    parts = dict.fromkeys(module.modules())
+    for part in (each for value in vars(module).values() if isinstance(value, torch.nn.Module) for each in value.modules()):
+        parts.setdefault(part)
+    for part in parts:
+        found += [type(part), *part._forward_pre_hooks, *part._forward_hooks]
+        configs = [value for name, value in vars(part).items() if name in ("cfg", "config") and hasattr(value, "__dict__")]
+        for of in (part, *configs):
+            for name, value in vars(of).items():
+                plain = value is None or isinstance(value, (int, float, str))
+                if (plain or (callable(value) and not isinstance(value, torch.nn.Module))) and not name.startswith("_"):
+                    found.append((name, value))
+    return tuple(found)
 
 
 def _hashed(module: torch.nn.Module) -> str:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from featpatch import sites
 from featpatch.model.backward import LIVE, Rules, attend, under
-from featpatch.model.facts import forward_hooks, once
+from featpatch.model.facts import once, settings
 from featpatch.model.layer import Layer, Norm, UnsupportedError, close, norm_of
 from featpatch.model.lens import Lens
 
@@ -218,7 +218,7 @@ def projections_of(
     Args:
         tokens: prompts on which the projections, attention and MLPs are compared with the model.
         compared: the number of first tokens that are compared; by default, and if attention has a window, all of them. The
-            comparison is made once for prompts of a length, until weights or hooks change.
+            comparison is made once for prompts of a length, until weights, settings or hooks change.
     """
     length = tokens.shape[1]
     try:
@@ -238,7 +238,7 @@ def projections_of(
         same = all(_gives(_split(layer, *heads), [read[hook] for hook in of_layer]) for layer, heads, of_layer in parts)
         return counts if same else None
 
-    counts = once(lens.model, compare, "projections", *tokens.shape, length, forward_hooks(lens.model))
+    counts = once(lens.model, compare, "projections", *tokens.shape, length, settings(lens.model))
     return None if counts is None else [_split(layer, *heads) for layer, heads in zip(layers, counts, strict=True)]
 
 

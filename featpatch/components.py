@@ -101,7 +101,7 @@ def named_with_layers(names: Any, positions: Any) -> tuple[list[str], list[int]]
         return None
     for name, layer in full:
         if name not in (*COMPONENTS, *SHORT):
-            near = closest(f"blocks.{layer}.{name}", [f"blocks.{layer}.{hook}" for hook in COMPONENTS.values()])
+            near = closest(name, list(COMPONENTS.values()))
             raise FeatpatchError(
                 f"sites={given}: expected hook points of components, blocks.{layer}. and one of "
                 f"{', '.join(dict.fromkeys(COMPONENTS.values()))}{near}"

@@ -48,8 +48,15 @@ def as_path(path: object) -> Path:
     return Path(path)
 
 
+ENDINGS = frozenset(f".{ending}" for ending in (
+    "bin", "csv", "docx", "gz", "htm", "html", "ipynb", "jpg", "json", "jsonl", "md", "ndjson", "npy", "npz", "parquet", "pdf",
+    "pickle", "pkl", "png", "pt", "pth", "py", "safetensors", "svg", "toml", "tsv", "txt", "xlsx", "yaml", "yml", "zip",
+))  # fmt: skip
+"""The endings of names that say which format a file has."""
+
+
 def path_to_write(path: object, *endings: str) -> Path:
-    """Convert the name of a file of a fixed format to a `Path`; the name has one of the format's endings, or none.
+    """Convert the name of a file of a fixed format to a `Path`; an ending of a known format is one of this format's.
 
     Devices, pipes and folders are left to the function that writes.
 
@@ -57,10 +64,10 @@ def path_to_write(path: object, *endings: str) -> Path:
         FeatpatchError: the argument is not a path, or its ending is that of another format.
     """
     file = as_path(path)
-    if file.suffix and file.suffix.lower() not in endings and (file.is_file() or not file.exists()):
+    if file.suffix.lower() in ENDINGS.difference(endings) and (file.is_file() or not file.exists()):
         raise FeatpatchError(
-            f"the path {str(file)[:200]!r} ends in {file.suffix[:20]!r}: expected {' or '.join(endings)}, the format of this "
-            f"file; write {str(file.with_suffix(endings[0]))[:200]!r}"
+            f"the path {str(file)[:200]!r} ends in {file.suffix!r}: expected {' or '.join(endings)}, the format of this file; "
+            f"write {str(file.with_suffix(endings[0]))[:200]!r}"
         )
     return file
 

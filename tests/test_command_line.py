@@ -20,7 +20,7 @@ from commands import run, started
 from safetensors.torch import load_file, save_file
 
 import featpatch as fp
-from featpatch.cli.app import app
+from featpatch.cli.app import app, in_options
 from featpatch.cli.study import read
 
 SITE = "blocks.3.hook_resid_post"
@@ -607,3 +607,18 @@ def test_steered_texts_stand_side_by_side(tmp_path: Path) -> None:
         done = run("steer", *options, *wrong, folder=tmp_path)
         assert done.returncode == 2
         assert said in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("k=-5: expected", "--k -5: expected"),
+        ("saes=['a', 'b'] are", "--sae a --sae b are"),
+        ("positions=['S2', 'end'] are", "--positions S2,end are"),
+        ("'/tmp/my runs/set k=3/x.jsonl' line 1", "'/tmp/my runs/set k=3/x.jsonl' line 1"),
+        ("'/tmp/a (seed=5).safetensors' is damaged", "'/tmp/a (seed=5).safetensors' is damaged"),
+    ],
+)
+def test_only_arguments_become_options(said: str, shown: str) -> None:
+    """Not what is quoted, such as a path."""
+    assert in_options(said) == shown

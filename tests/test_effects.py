@@ -164,7 +164,7 @@ def next_steps() -> dict[str, tuple[Callable[[Any, fp.Pairs, fp.Effects], Any], 
         "one node": (lambda m, p, e: fp.rank_nodes(m, p, head), r"write nodes=\[...\]"),
         "by": (lambda m, p, e: e.top(2, by="prob"), r"write effects.for_metric\('prob'\).top"),  # type: ignore[arg-type]
         "drop": (lambda m, p, e: p.drop("fail"), r"write pairs.drop\(pairs.check\(model\), 'fail'\)"),  # type: ignore[arg-type]
-        "sites": (lambda m, p, e: fp.rank_components(m, p, sites=site), rf"\['{site}'\]: .* mean 'blocks.3.hook_resid_post'"),
+        "sites": (lambda m, p, e: fp.rank_components(m, p, sites=site), rf"\['{site}'\]: .* mean 'hook_resid_post'"),
         "short": (lambda m, p, e: fp.rank_components(m, p, sites=["resid_pst"]), "did you mean 'resid_post'"),
         "task": (lambda m, p, e: fp.load_demo(progress=False).pairs("iio"), "did you mean 'ioi'"),
     }

@@ -184,7 +184,7 @@ def test_a_gap_near_zero_is_refused(bridge: Small) -> None:
 
 
 def test_equal_prompts_are_pointed_out(tmp_path: Path) -> None:
-    """Where corrupted prompts were asked for; and in a file only beside others, because it may hold prompts without any."""
+    """Where corrupted prompts are given; a file may hold prompts without any."""
     same, other = {"clean": "a b", "correct": "cc", "wrong": "ddd"}, {"corrupted": "a bb"}
     rows = [same | other, same | {"corrupted": "a b"}]
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
@@ -193,8 +193,7 @@ def test_equal_prompts_are_pointed_out(tmp_path: Path) -> None:
         fp.Pairs.from_prompts(words, **columns)
     with pytest.warns(PairsWarning, match="2 of 2 pairs"):
         fp.Pairs.from_prompts(words, **{**columns, "corrupted": columns["clean"]})
-    with pytest.warns(PairsWarning, match="row 1: .* 1 of 2 pairs"):
-        fp.Pairs.from_pandas(words, pd.DataFrame(rows))
+    assert len(fp.Pairs.from_pandas(words, pd.DataFrame(rows))) == 2
     without = fp.Pairs.from_prompts(words, **{name: columns[name] for name in same})
     assert len(fp.Pairs.from_jsonl(words, without.to_jsonl(tmp_path / "pairs.jsonl"))) == 2
 

@@ -159,7 +159,7 @@ def test_a_path_that_cannot_be_written_is_refused(
     ("write", "name", "message"),
     [
         ("save", "ioi.txt", r"ioi.txt' ends in '.txt': expected .safetensors, .*; write '.*ioi.safetensors'"),
-        ("report", "r.txt", r"r.txt' ends in '.txt': expected .html, .*; write '.*r.html'"),
+        ("report", "r.txt", r"r.txt' ends in '.txt': expected .html or .htm, .*; write '.*r.html'"),
         ("circuit report", "r.pdf", r"expected .html"),
         ("circuit", "c.yaml", r"expected .json, .*; write '.*c.json'"),
         ("jsonl", "pairs.json", r"expected .jsonl or .ndjson, .*; write '.*pairs.jsonl'"),
@@ -182,7 +182,7 @@ def test_an_ending_of_another_format_is_refused(
         ways[write](tmp_path / name)
     assert not list(tmp_path.iterdir())
     if write == "csv":
-        for accepted in ("PAIRS.CSV", "pairs"):
+        for accepted in ("PAIRS.CSV", "pairs", "pairs.2024-01-15", "of pythia-1.4b"):
             assert ways[write](tmp_path / accepted) == tmp_path / accepted
 
 

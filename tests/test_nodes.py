@@ -286,7 +286,7 @@ def test_constructors(bridge: Small) -> None:
         ([fp.head(1, 3), fp.head(1, 3)], "each once"),
         ([fp.head(1, 9)], "expected a head of 0 to 3"),
         ([fp.head(9, 0)], "the model has no hook"),
-        ([fp.head(1, 0, "z", "nowhere")], "pair 0: a pair has no label 'nowhere'"),
+        ([fp.head(1, 0, "z", "nowhere")], "a pair has no label 'nowhere'"),
         ([fp.head(1, 0, "z", -8)], r"position -8 is outside a prompt of 7 tokens: expected 0 to 6, or -1 to -7 from the end"),
         ([fp.head(1, 0, "pattern", "there <- there")], "together=False"),
         ([fp.Node("blocks.1.attn.hook_pattern", "activation")], "the first dimension of the activation there is not the position"),

@@ -133,7 +133,10 @@ def test_a_whole_hook_z_is_the_sum_of_its_heads(small: Small) -> None:
 def test_errors(small: Small) -> None:
     mlp = fp.Node(MLP.format(0), "activation")
     for changed, message in (
-        ({"receivers": [fp.Node("blocks.2.hook_resid_pre", "error", None, "all", "blocks.2.hook_resid_pre")]}, "for estimates"),
+        (
+            {"receivers": [fp.Node("blocks.2.hook_resid_pre", "error", None, "all", "blocks.2.hook_resid_pre")]},
+            "no SAEs were passed",
+        ),
         (
             {
                 "receivers": [fp.Node("blocks.2.hook_resid_pre", "error", None, "all", "blocks.2.hook_resid_pre")],

@@ -93,8 +93,10 @@ PHRASES = {
 }
 """Patterns of parts of the library's messages that advise on Python, each with what to say on the command line."""
 
-ARGUMENT = re.compile(r"(?<![\w'\"/.=-])([a-z_]+)=('[^']*'|\[[^\]]*\]|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b)")
-"""An argument of Python with its value, as messages of the library quote it."""
+ARGUMENT = re.compile(
+    r"(?<!=)'[^']*'|(?<!=)\"[^\"]*\"|(?<![\w'\"/.=-])([a-z_]+)=('[^']*'|\[[^\]]*\]|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b)"
+)
+"""An argument of Python with its value, as messages of the library quote it; or a quotation, which may hold the like."""
 
 NAMES = {"saes": "sae", "directions": "direction"}
 """The options whose names differ from those of the library's arguments, by the latter."""
@@ -102,8 +104,11 @@ NAMES = {"saes": "sae", "directions": "direction"}
 
 def in_options(message: str) -> str:
     """Return a message of the library in terms of the command line: `k=-5: ...` becomes `--k -5: ...`."""
-    options = {name: str(of.annotation) for info in app.registered_commands if info.callback
-               for name, of in signature(info.callback).parameters.items()}  # fmt: skip
+    parameters = [
+        of for info in app.registered_commands if info.callback for of in signature(info.callback).parameters.values()
+    ]
+    several_times = {of.name for of in parameters if "list[" in str(of.annotation)}
+    options = {of.name for of in parameters}
 
     def as_option(found: re.Match[str]) -> str:
         name, text = NAMES.get(found[1], found[1]), found[2]
@@ -114,7 +119,7 @@ def in_options(message: str) -> str:
         if value is None:
             return found[0]
         several = [*map(str, value)] if isinstance(value, list) else [value if isinstance(value, str) else text]
-        given = several if "list[" in options[name] else [",".join(several)]
+        given = several if name in several_times else [",".join(several)]
         return " ".join(f"--{name} {shlex.quote(one)}" for one in given)
 
     for python, here in PHRASES.items():

@@ -64,7 +64,7 @@ def write(path: str | Path, content: str) -> Page:
     Raises:
         FeatpatchError: the path has another ending than `.html`, is a folder or can't be written to.
     """
-    with writing(path_to_write(path, ".html")) as file:
+    with writing(path_to_write(path, ".html", ".htm")) as file:
         file.write_text(content, encoding="utf-8")
     return Page(path)
 

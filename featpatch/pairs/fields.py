@@ -9,7 +9,7 @@ from typing import Any
 
 from featpatch.errors import FeatpatchError, each, errors_about
 from featpatch.pairs.build import filler_id, make
-from featpatch.pairs.files import Rows, fitting, parsed, warn_of_equal_prompts
+from featpatch.pairs.files import Rows, fitting, parsed
 from featpatch.pairs.pair import Pair, positions_of
 from featpatch.pairs.tokens import Tokenizer, plain_integers, plain_tokenizer, special_positions
 
@@ -24,15 +24,12 @@ def pairs_of(
     align: str | None,
     filler: str | None,
     long_answers: bool,
-    *,
-    counterfactual: bool = False,
 ) -> tuple[Pair, ...]:
     """Make a pair from each row.
 
     Args:
         read: a function from a row to the arguments of `make`, or to the pair itself.
         align, filler, long_answers: those of `Pairs.from_prompts`.
-        counterfactual: as in `warn_of_equal_prompts`.
 
     Raises:
         FeatpatchError: a row does not make a valid pair, or `align` or `filler` is not valid.
@@ -45,9 +42,7 @@ def pairs_of(
         "long_answers": long_answers,
     }
     made = partial(make, tokenizer, remarks=remarks, **options)
-    pairs = fitting(lambda row: row if isinstance(row, Pair) else made(**row), fields, where=rows.where, remarks=remarks)
-    warn_of_equal_prompts(pairs, rows.where, counterfactual=counterfactual)
-    return pairs
+    return fitting(lambda row: row if isinstance(row, Pair) else made(**row), fields, where=rows.where, remarks=remarks)
 
 
 def checked(row: Mapping[str, Any]) -> dict[str, Any]:

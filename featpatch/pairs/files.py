@@ -217,21 +217,16 @@ def _lines(reader: Any, path: str) -> Iterator[tuple[str, list[str]]]:
         ) from error
 
 
-def warn_of_equal_prompts(pairs: Sequence[Pair], where: Sequence[str], *, counterfactual: bool) -> None:
-    """Warn of pairs whose prompts are equal beside others, or, if corrupted prompts were asked for, of any such pair.
-
-    Args:
-        where: the name of each pair.
-        counterfactual: whether every pair was meant to have a corrupted prompt; a file may hold prompts without any.
-    """
-    equal = [name for pair, name in zip(pairs, where, strict=True) if not pair.has_counterfactual]
-    if equal and (counterfactual or len(equal) < len(pairs)):
+def warn_of_equal_prompts(pairs: Sequence[Pair]) -> None:
+    """Warn of pairs whose prompts are equal, for functions to which corrupted prompts are given."""
+    equal = [number for number, pair in enumerate(pairs) if not pair.has_counterfactual]
+    if equal:
         warnings.warn(
-            f"{equal[0]}: the clean and the corrupted prompt are the same, which holds for {len(equal)} of {len(pairs)} pairs: "
-            "expected prompts that differ, because equal ones leave nothing to patch; correct them, or leave corrupted= out "
-            "for prompts without a counterfactual",
+            f"pair {equal[0]}: the clean and the corrupted prompt are the same, which holds for {len(equal)} of {len(pairs)} "
+            "pairs: expected prompts that differ, because equal ones leave nothing to patch; correct them, or leave corrupted= "
+            "out for prompts without a counterfactual",
             PairsWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

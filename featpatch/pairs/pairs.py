@@ -15,7 +15,7 @@ from featpatch.pairs import checklist
 from featpatch.pairs.build import Answers, Prompt
 from featpatch.pairs.checklist import Checklist, Status, check_by_position, without
 from featpatch.pairs.fields import pairs_of
-from featpatch.pairs.files import rows_of
+from featpatch.pairs.files import rows_of, warn_of_equal_prompts
 from featpatch.pairs.labels import Label
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.stored import PairsInFiles
@@ -130,7 +130,9 @@ class Pairs(PairsInFiles, Sequence[Pair]):
                     f"{name}={str(column)[:60]}: expected a list with a mapping for each prompt, such as {name}=[{{...}}]"
                 )
             columns[name] = column if column is not None else [{}] * len(clean)
-        pairs = pairs_of(tokenizer, rows_of(columns), dict, align, filler, long_answers, counterfactual=corrupted is not None)
+        pairs = pairs_of(tokenizer, rows_of(columns), dict, align, filler, long_answers)
+        if corrupted is not None:
+            warn_of_equal_prompts(pairs)
         return cls(pairs, plain_tokenizer(tokenizer))
 
     @classmethod

@@ -48,7 +48,8 @@ def of_tensors(
             PairsWarning,
             stacklevel=3,
         )
-    warn_of_equal_prompts(pairs, rows.where, counterfactual=corrupted is not None)
+    if corrupted is not None:
+        warn_of_equal_prompts(pairs)
     return pairs
 
 

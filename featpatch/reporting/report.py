@@ -119,7 +119,7 @@ def report(
         raise FeatpatchError("texts without saes: expected SAEs, whose feature cards show examples from them; leave texts out")
     if texts is not None:
         check_texts(texts)
-    check_writable(path_to_write(path, ".html"))
+    check_writable(path_to_write(path, ".html", ".htm"))
     figures = {} if curve is None else {"How many features does it take?": _growth(curve)}
     if estimate is not None:
         figures["Estimated against exact effects"] = _calibrated(calibrate(estimate, effects))

@@ -77,8 +77,10 @@ class Effects(Measured):
             raise FeatpatchError(f"unknown columns {', '.join(map(repr, unknown))}: expected some of {', '.join(fields)}")
         if "kind" in wanted:
             check_choices(KINDS, kind=wanted["kind"])
-        check_measured(self.whole.nodes, self.metadata, wanted)
-        return self.take([i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())])
+        rows = [i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())]
+        if not rows:
+            check_measured(self.whole.nodes, self.metadata, wanted)
+        return self.take(rows)
 
     def top(
         self, n: int = 20, *, by: By | None = None, kind: str | None = "ranked", least_changed: int | None = None

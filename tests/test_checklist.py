@@ -61,6 +61,7 @@ def test_words_of_different_kinds_are_named(demo: Demo) -> None:
     assert "red' is a word, at 10" in said
 
 
+@pytest.mark.filterwarnings("ignore:.*the clean and the corrupted prompt are the same")
 def test_what_is_shown_is_a_summary(demo: Demo) -> None:
     pairs = pairs_of(demo, GOOD, (CLEAN, CLEAN, "Mary", "John"), labels=[{"S2": 10}, {"S2": 10}])
     assert repr(pairs) == "2 pairs of 15 tokens, labels S2"

@@ -97,7 +97,7 @@ def test_a_null_patch_is_exactly_the_base_run(small: Small) -> None:
     assert len(null) == 1
     assert not null.pooled("recovery").any()
     assert not null.pooled("degradation").any()
-    same_runs = fp.Pairs.from_tokens(small.clean, small.clean, small.correct, small.wrong)
+    same_runs = fp.Pairs.from_tokens(small.clean, None, small.correct, small.wrong)
     with pytest.raises(fp.FeatpatchError, match="expected corrupted prompts that differ"):
         fp.rank_features(small.model, sae, same_runs, progress=False)
 

@@ -53,7 +53,11 @@ def test_names_of_hook_points(hooked: Small, sites: Any, layers: Any, name: str,
             r"sites=\['blocks.1.attn.hook_z'\] with layers=\[2\]: expected the layers \[1\] of the names; leave layers out",
         ),
         ("blocks.9.attn.hook_z", None, r"layers=\[9\]: expected some of 0 to 2"),
-        ("blocks.1.hook_zz", None, r"sites=\['hook_zz'\]: expected some of resid_pre.*'hook_z' or 'blocks.0.attn.hook_z'"),
+        (
+            "blocks.1.hook_zz",
+            None,
+            r"sites=\['blocks.1.hook_zz'\]: expected .* one of .*attn.hook_z.*; did you mean 'attn.hook_z'",
+        ),
         (["z", "hook_z"], None, r"sites=\['z', 'hook_z'\]: expected some of .*, each once"),
     ],
 )

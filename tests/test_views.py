@@ -166,7 +166,7 @@ def test_pairs_of_another_model_are_refused(demo: Any, sae: Any, tokens: tuple[i
     pair = fp.Pair(tokens, (3, *tokens[1:]), (4,), (5,))
     for view in (lambda: fp.active_features(demo.model, sae, pair), lambda: fp.attention_pattern(demo.model, pair, 0, 0)):
         with (
-            pytest.raises(fp.FeatpatchError, match=r"pair 0 has (token ids from 2 to 1000000|2000 tokens): expected"),
+            pytest.raises(fp.FeatpatchError, match=r"pair 0 has (token ids from 2 to 1000000|2,000 tokens): expected"),
             pytest.warns(UserWarning, match="lack"),
         ):
             view()

@@ -11,7 +11,7 @@ from the first changed one to the answer. In the last layer, after the keys and 
 left.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import accumulate
@@ -233,6 +233,15 @@ class Matrix:
         return found
 
     @cached_property
+    def hooks(self) -> dict[Entry, list[tuple[str, Combine]]]:
+        """The hook points that are patched and the meanings of these patches, by the place where they enter."""
+        patched = dict.fromkeys((site, unit.block.combine) for unit in self.units for site in unit.block.deltas)
+        places: dict[Entry, list[tuple[str, Combine]]] = {}
+        for site, combine in sorted(patched, key=lambda each: (sites.is_stream(each[0]), sites.layer_of(each[0]))):
+            places.setdefault(entry(site), []).append((site, combine))  # addends come before sums
+        return places
+
+    @cached_property
     def starts(self) -> Int[torch.Tensor, " patches"]:
         """The row that position 0 of each patch would have: the patch's row at position p is this plus p."""
         return self.ends - self._of_patches(unit.block.run.answer for unit in self.units)
@@ -326,21 +335,29 @@ class Changes:
     delta: Float[torch.Tensor, "rows d"]
 
 
+def in_groups(
+    keys: Iterable[Hashable], parts: Sequence[torch.Tensor], find: Callable[[int, torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return what a function finds for each of some parts, called once for all rows of the parts with the same key.
+
+    Args:
+        keys: the key of each part.
+        parts: tensors of rows.
+        find: a function from the number of the first such part and these rows to a tensor with as many rows.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for numbers in alike(keys).values():
+        rows = find(numbers[0], torch.cat([parts[number] for number in numbers]))
+        found |= dict(zip(numbers, rows.split([len(parts[number]) for number in numbers]), strict=True))
+    return [found[number] for number in range(len(parts))]
+
+
 def alike(keys: Iterable[Key]) -> dict[Key, list[int]]:
     """Return the numbers of the items that have each key."""
     found: dict[Key, list[int]] = {}
     for number, key in enumerate(keys):
         found.setdefault(key, []).append(number)
     return found
-
-
-def entering(units: Sequence[Unit]) -> dict[Entry, list[tuple[str, Combine]]]:
-    """Return the hook points that units patch and the meanings of these patches, by the place where they enter."""
-    patched = dict.fromkeys((site, unit.block.combine) for unit in units for site in unit.block.deltas)
-    places: dict[Entry, list[tuple[str, Combine]]] = {}
-    for site, combine in sorted(patched, key=lambda each: (sites.is_stream(each[0]), sites.layer_of(each[0]))):
-        places.setdefault(entry(site), []).append((site, combine))  # addends come before sums
-    return places
 
 
 def entry(site: str) -> Entry:

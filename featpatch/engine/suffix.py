@@ -18,7 +18,7 @@ The base run's part is one matrix product per head for all patches; none of it i
 A patch at several hook points enters at the lowest of them; the pass makes the other changes on its way up.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from weakref import WeakKeyDictionary
@@ -27,10 +27,9 @@ import torch
 from jaxtyping import Float
 
 from featpatch.engine.cost import suffix_flops
-from featpatch.engine.patches import BaseRun, Block, Entry, Matrix, Trace, Unit, alike, entering, entry
+from featpatch.engine.patches import BaseRun, Block, Entry, Matrix, Trace, Unit, entry, in_groups
 from featpatch.model.layer import Layer, Stack, soft_capped
 from featpatch.model.lens import Lens
-from featpatch.nodes import Combine
 
 BaseHeads = Float[torch.Tensor, "prefix kv_heads d_head"]
 
@@ -81,9 +80,6 @@ Columns = tuple[int, ...] | None
 """Token ids whose logits are needed, or None for the whole vocabulary."""
 
 
-Hooks = Mapping[Entry, Sequence[tuple[str, Combine]]]
-"""The hook points that are patched and the meanings of these patches, see `entering`."""
-
 PLACES = ("pre", "z", "mid")
 """The places of a layer, see `sites.ENTRIES`, in the order in which the forward pass reaches them."""
 
@@ -118,16 +114,9 @@ class SuffixPath:
         """Return the logits of every patch at its answer position; all units must be of one group."""
         self.prepare(dict.fromkeys(unit.block.run for unit in units))
         matrix = Matrix(units, {unit.block.run: self.traces[unit.block.run] for unit in units})
-        hooks = entering(units)
-        layer, rows, x = self._enter(self.group(units[0].block), matrix, hooks)
-        final = self._run(layer, rows, x, matrix, hooks)
-        found: dict[int, torch.Tensor] = {}
-        patches = torch.arange(len(final)).split(matrix.sizes)
-        for wanted, numbers in alike(columns).items():
-            some = torch.cat([patches[number] for number in numbers]).to(final.device)
-            logits = self.stack.head(final[some], self._ids(wanted)).split([matrix.sizes[number] for number in numbers])
-            found |= dict(zip(numbers, logits, strict=True))
-        return [found[number] for number in range(len(units))]
+        layer, rows, x = self._enter(self.group(units[0].block), matrix)
+        final = self._run(layer, rows, x, matrix)
+        return in_groups(columns, final.split(matrix.sizes), lambda unit, x: self.stack.head(x, self._ids(columns[unit])))
 
     def prepare(self, runs: Iterable[BaseRun]) -> None:
         """Run the base runs together, from the lowest layer at which patches enter, and keep their traces."""
@@ -162,12 +151,12 @@ class SuffixPath:
     def _ids(self, columns: Columns) -> torch.Tensor | None:
         return None if columns is None else torch.tensor(columns, device=self.stack.head.weight.device)
 
-    def _enter(self, place: Entry, matrix: Matrix, hooks: Hooks) -> tuple[int, torch.Tensor, torch.Tensor]:
+    def _enter(self, place: Entry, matrix: Matrix) -> tuple[int, torch.Tensor, torch.Tensor]:
         """Make the changes before the first layer with attention; return its index, the changed rows, and its input there."""
         index, first = place
         start = index if first == "pre" else index + 1
         places = [place] if first == "pre" else [(index, "z"), (index, "mid"), (start, "pre")]
-        entering = {each: [matrix.changes(*patched) for patched in hooks.get(each, ())] for each in places}
+        entering = {each: [matrix.changes(*patched) for patched in matrix.hooks.get(each, ())] for each in places}
         every = [changes.rows for each in entering.values() for changes in each]
         rows = every[0] if len(every) == 1 else torch.cat(every).unique()
 
@@ -191,7 +180,7 @@ class SuffixPath:
             x = make(mid + out, (start, "pre"), mid).to(after.device)
         return start, rows, x
 
-    def _run(self, start: int, rows: torch.Tensor, x: torch.Tensor, matrix: Matrix, hooks: Hooks) -> torch.Tensor:
+    def _run(self, start: int, rows: torch.Tensor, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """Return the final residual stream `[patches, d_model]` at the answer position.
 
         Args:
@@ -199,14 +188,13 @@ class SuffixPath:
             rows: the rows of its input that are changed.
             x: the residual stream in these rows.
             matrix: all rows.
-            hooks: the hook points at which changes enter.
         """
         last = len(self.stack.layers) - 1
         if start > last:
             return matrix.inserted(start, "pre", rows, x)[matrix.ends.to(x.device)]
 
         def change(x: torch.Tensor, place: Entry, before: torch.Tensor) -> None:
-            for patched in hooks.get(place, ()):
+            for patched in matrix.hooks.get(place, ()):
                 changes = matrix.changes(*patched)
                 changes, at = matrix.at_answer(changes) if ends else (changes, changes.rows)
                 matrix.change(changes, x, at, before)

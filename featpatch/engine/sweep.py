@@ -20,7 +20,7 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from featpatch.engine.journal import Book, batch_key
-from featpatch.engine.patches import NEVER, BaseRun, Block, Unit, alike
+from featpatch.engine.patches import NEVER, BaseRun, Block, Unit, in_groups
 from featpatch.engine.path import PatchPath
 from featpatch.errors import FeatpatchError
 from featpatch.metrics import Measures
@@ -234,13 +234,8 @@ class Sweep:
         if rows <= self.limit or patches == 1:
             try:
                 logits = self.path.logits(batch, [self._columns(unit.block.run) for unit in batch])
-                values: dict[int, Values] = {}
-                sizes = [len(unit.patches) for unit in batch]
-                for numbers in alike(self._alike(unit.block.run) for unit in batch).values():
-                    run = batch[numbers[0]].block.run
-                    measured = self._measured(torch.cat([logits[number] for number in numbers]), run)
-                    values |= dict(zip(numbers, measured.split([sizes[number] for number in numbers]), strict=True))
-                return torch.cat([values[number] for number in range(len(batch))])
+                runs = [unit.block.run for unit in batch]
+                return torch.cat(in_groups(map(self._alike, runs), logits, lambda unit, x: self._measured(x, runs[unit])))
             except (RuntimeError, MemoryError, FeatpatchError) as error:
                 if not out_of_memory(error):
                     raise

@@ -7,6 +7,7 @@ after p_k. If one region differs in length, filler tokens are added to the promp
 label that precedes the region. All labels and the ends of both prompts are then at the same positions.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
@@ -21,6 +22,7 @@ from featpatch.pairs.pair import LabelPosition, Pair, Sequences, positions_of
 from featpatch.pairs.tokens import (
     AnswerTokens,
     Ids,
+    PairsWarning,
     Tokenizer,
     one_row,
     plain_integers,
@@ -110,6 +112,19 @@ def make(
                 "prompts, or pass align='labels' to patch label by label"
             )
     return pair
+
+
+def warn_of_equal_prompts(pairs: Sequence[Pair]) -> None:
+    """Warn of pairs whose prompts are equal, for functions to which corrupted prompts are given."""
+    equal = [number for number, pair in enumerate(pairs) if not pair.has_counterfactual]
+    if equal:
+        warnings.warn(
+            f"pair {equal[0]}: the clean and the corrupted prompt are the same, which holds for {len(equal)} of {len(pairs)} "
+            "pairs: expected prompts that differ, because equal ones leave nothing to patch; correct them, or leave corrupted= "
+            "out for prompts without a counterfactual",
+            PairsWarning,
+            stacklevel=3,
+        )
 
 
 def _last_word(prompt: Prompt) -> Any:

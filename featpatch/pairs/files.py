@@ -14,7 +14,6 @@ import pandas as pd
 
 from featpatch.errors import FeatpatchError, check_kinds, counted, each, errors_about
 from featpatch.files import as_path, read_json
-from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import PairsWarning
 
 
@@ -215,19 +214,6 @@ def _lines(reader: Any, path: str) -> Iterator[tuple[str, list[str]]]:
             f"{path!r} line {begin} is not CSV ({error}): expected cells separated by commas, with closing quotes where there "
             "are opening ones"
         ) from error
-
-
-def warn_of_equal_prompts(pairs: Sequence[Pair]) -> None:
-    """Warn of pairs whose prompts are equal, for functions to which corrupted prompts are given."""
-    equal = [number for number, pair in enumerate(pairs) if not pair.has_counterfactual]
-    if equal:
-        warnings.warn(
-            f"pair {equal[0]}: the clean and the corrupted prompt are the same, which holds for {len(equal)} of {len(pairs)} "
-            "pairs: expected prompts that differ, because equal ones leave nothing to patch; correct them, or leave corrupted= "
-            "out for prompts without a counterfactual",
-            PairsWarning,
-            stacklevel=3,
-        )
 
 
 T = TypeVar("T")

@@ -339,8 +339,8 @@ def spans(pair: Pair, positions: Positions) -> dict[Position, list[int]]:
         FeatpatchError: the pair has no such position, or the request is not valid.
     """
     if positions not in ("all", "each") if isinstance(positions, str) else not isinstance(positions, Sequence):
-        listed = positions.split(",") if isinstance(positions, str) else [positions]
-        advice = f"; write positions={listed}" if isinstance(positions, (str, int)) else ""
+        several = positions.split(",") if isinstance(positions, str) else [positions]
+        advice = f"; write positions={several}" if isinstance(positions, (str, int)) else ""
         raise FeatpatchError(
             f"positions={positions!r}: expected 'all', 'each' or a list of labels and indices such as ['S2', 0]{advice}"
         )
@@ -358,9 +358,10 @@ def spans_of(pairs: Sequence[Pair], positions: Positions) -> list[dict[Position,
     Raises:
         FeatpatchError: a pair has no such position, or the request is not valid.
     """
-    for label in positions if isinstance(positions, Sequence) and not isinstance(positions, str) else ():
-        lacking = [number for number, pair in enumerate(pairs) if label not in ("all", *pair.labels)]
-        if isinstance(label, str) and 0 < len(lacking) < len(pairs):
+    several = positions if isinstance(positions, Sequence) and not isinstance(positions, str) else ()
+    for label in (entry for entry in several if isinstance(entry, str) and entry != "all"):
+        lacking = [number for number, pair in enumerate(pairs) if label not in pair.labels]
+        if 0 < len(lacking) < len(pairs):
             raise FeatpatchError(
                 f"pair {lacking[0]} has no label {label!r}, like {len(lacking)} of {len(pairs)} pairs: expected it in every "
                 "pair; add it, choose another position, or keep the pairs that have it, with "

@@ -12,10 +12,10 @@ from jaxtyping import Int
 from featpatch.errors import FeatpatchError, check_kinds, counted
 from featpatch.page.page import block
 from featpatch.pairs import checklist
-from featpatch.pairs.build import Answers, Prompt
+from featpatch.pairs.build import Answers, Prompt, warn_of_equal_prompts
 from featpatch.pairs.checklist import Checklist, Status, check_by_position, without
 from featpatch.pairs.fields import pairs_of
-from featpatch.pairs.files import rows_of, warn_of_equal_prompts
+from featpatch.pairs.files import rows_of
 from featpatch.pairs.labels import Label
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.stored import PairsInFiles

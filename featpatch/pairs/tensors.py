@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from featpatch.errors import FeatpatchError, check_kinds, each
-from featpatch.pairs.files import rows_of, warn_of_equal_prompts
+from featpatch.pairs.build import warn_of_equal_prompts
+from featpatch.pairs.files import rows_of
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import PairsWarning, Tokenizer, check_starts, plain_integers, special_positions, unmasked, unpadded
 

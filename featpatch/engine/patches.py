@@ -199,6 +199,10 @@ The names are `pre` for the residual stream `[pos, d_model]` at the input of the
 """
 
 
+Changes = dict[tuple[str, Combine], tuple[Int[torch.Tensor, " rows"], Float[torch.Tensor, "rows d"]]]
+"""The changes that enter at one place: the rows of a `Matrix` and what is added there, by hook point and meaning."""
+
+
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """The rows of a batch of units: unit by unit, patch by patch, position by position from the first changed to the answer.
@@ -286,8 +290,11 @@ class Matrix:
         whole[rows.to(whole.device)] = values
         return whole
 
-    def changes(self, site: str, combine: Combine) -> "Changes":
-        """Return the changes at a hook point of the patches whose changes have this meaning."""
+    def changes(self, place: Entry) -> Changes:
+        """Return the changes that enter at a place."""
+        return {patched: self._changes(*patched) for patched in self.hooks.get(place, ())}
+
+    def _changes(self, site: str, combine: Combine) -> tuple[torch.Tensor, torch.Tensor]:
         rows, values, patches = [], [], torch.arange(len(self.ends)).split(self.sizes)
         for block, numbers in alike(unit.block for unit in self.units).items():
             if site in block.deltas and block.combine == combine:
@@ -297,42 +304,33 @@ class Matrix:
                 some = ((here >= 0) & (deltas.position <= block.run.answer)).nonzero()[:, 0]
                 rows.append(self.starts[here[some]] + deltas.position[some])
                 values.append(deltas.values(some))
-        return Changes(site, combine, torch.cat(rows), torch.cat([each.to(values[0].device) for each in values]))
+        return torch.cat(rows), torch.cat([each.to(values[0].device) for each in values])
 
-    def at_answer(self, changes: "Changes") -> tuple["Changes", Int[torch.Tensor, " some"]]:
-        """Return the changes of the answer rows alone, and the patch of each."""
-        patch = torch.searchsorted(self.ends, changes.rows)
-        some = self.ends[patch] == changes.rows
-        return replace(changes, rows=changes.rows[some], delta=changes.delta[some.to(changes.delta.device)]), patch[some]
-
-    def change(self, changes: "Changes", x: torch.Tensor, at: torch.Tensor, before: torch.Tensor | None) -> None:
-        """Make changes in an activation.
+    def change(self, changes: Changes, x: torch.Tensor, rows: torch.Tensor | None, before: torch.Tensor | None) -> torch.Tensor:
+        """Make changes in some rows of an activation and return it.
 
         Args:
             changes: the changes.
-            x: the activation, or the residual stream after it has been added; it is changed in place.
-            at: the row of `x` for each row of the changes.
+            x: the activation in these rows, or the residual stream after it has been added; it is changed in place.
+            rows: the numbers of the rows, in ascending order, the last of them not before any change; None for all rows.
             before: the residual stream before the activation was added; None if it is that of the base run.
         """
-        at = at.to(x.device)
-        value = x[at]
-        if changes.combine == "set":
-            layer, place = entry(changes.site)
-            value = self.base(layer, place, changes.rows).to(x.device)
-            if before is not None and not sites.is_stream(changes.site) and place != "z":
-                earlier = (layer, "pre") if place == "mid" else (layer - 1, "mid")
-                value = before[at] + (value - self.base(*earlier, changes.rows).to(x.device))
-        x[at] = added(value, changes.delta)
-
-
-@dataclass(frozen=True)
-class Changes:
-    """The changes that patches make at one hook point, `delta[r]` in row `rows[r]` of the matrix."""
-
-    site: str
-    combine: Combine
-    rows: Int[torch.Tensor, " rows"]
-    delta: Float[torch.Tensor, "rows d"]
+        for (site, combine), (changed, delta) in changes.items():
+            at = changed
+            if rows is not None:
+                at = torch.searchsorted(rows, changed)
+                some = (rows[at] == changed).nonzero()[:, 0]
+                changed, at, delta = changed[some], at[some], delta[some.to(delta.device)]
+            at = at.to(x.device)
+            value = x[at]
+            if combine == "set":
+                layer, name = entry(site)
+                value = self.base(layer, name, changed).to(x.device)
+                if before is not None and not sites.is_stream(site) and name != "z":
+                    earlier = (layer, "pre") if name == "mid" else (layer - 1, "mid")
+                    value = before[at] + (value - self.base(*earlier, changed).to(x.device))
+            x[at] = added(value, delta)
+        return x
 
 
 def in_groups(

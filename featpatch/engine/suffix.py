@@ -156,15 +156,11 @@ class SuffixPath:
         index, first = place
         start = index if first == "pre" else index + 1
         places = [place] if first == "pre" else [(index, "z"), (index, "mid"), (start, "pre")]
-        entering = {each: [matrix.changes(*patched) for patched in matrix.hooks.get(each, ())] for each in places}
-        every = [changes.rows for each in entering.values() for changes in each]
-        rows = every[0] if len(every) == 1 else torch.cat(every).unique()
+        entering = {each: matrix.changes(each) for each in places}
+        rows = torch.cat([changed for changes in entering.values() for changed, _ in changes.values()]).unique()
 
         def make(x: torch.Tensor, at: Entry, before: torch.Tensor | None) -> torch.Tensor:
-            for changes in entering[at]:
-                alone = changes.rows is rows
-                matrix.change(changes, x, torch.arange(len(rows)) if alone else torch.searchsorted(rows, changes.rows), before)
-            return x
+            return matrix.change(entering[at], x, rows, before)
 
         pre = matrix.base(index, "pre", rows)
         if first == "pre":
@@ -194,10 +190,7 @@ class SuffixPath:
             return matrix.inserted(start, "pre", rows, x)[matrix.ends.to(x.device)]
 
         def change(x: torch.Tensor, place: Entry, before: torch.Tensor) -> None:
-            for patched in matrix.hooks.get(place, ()):
-                changes = matrix.changes(*patched)
-                changes, at = matrix.at_answer(changes) if ends else (changes, changes.rows)
-                matrix.change(changes, x, at, before)
+            matrix.change(matrix.changes(place), x, matrix.ends if ends else None, before)
 
         for index in range(start, last + 1):
             layer, ends = self.stack.layers[index], index == last

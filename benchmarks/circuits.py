@@ -32,8 +32,8 @@ import featpatch as fp
 from featpatch.circuits.attribution import Point, points_of
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.find import EXACT_WORK, exact_work
+from featpatch.metrics import Measures
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.runs import readout
 
 try:
     import eap.attribute
@@ -159,7 +159,7 @@ def main() -> None:
     def graph(count: int) -> EdgeGraph:
         answers = torch.tensor([CORRECT] * count), torch.tensor([WRONG] * count)
         pairs = fp.Pairs.from_tokens(clean[:count], corrupted[:count], *answers)
-        return EdgeGraph(wrap(model), pairs, "corrupted", readout("logit_diff", single=True))
+        return EdgeGraph(wrap(model), pairs, "corrupted", Measures.of("logit_diff"))
 
     items = graph(1).items
     graph(1).estimates()

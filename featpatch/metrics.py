@@ -79,12 +79,14 @@ class Measure:
         metric: the function.
         needs: the logits that it reads; other logits are not computed.
         of_answers: whether it reads the answers of a pair.
+        by_token: whether it reads answers of several tokens; `metric` is then that of one of their tokens.
     """
 
     name: str
     metric: Metric | FromClean
     needs: Needs
     of_answers: bool = True
+    by_token: bool = False
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
         """Return the token ids whose logits are needed; None for the whole vocabulary.
@@ -146,11 +148,43 @@ class Measure:
         return self.of(logits, correct, wrong, clean).detach().to("cpu", torch.float64)
 
 
+Metrics = str | Metric | Sequence[str | Metric]
+"""A metric, by name or as a function, or several metrics."""
+
+
 @dataclass(frozen=True)
 class Measures:
     """Several metrics of the same logits, one column each."""
 
     parts: tuple[Measure, ...]
+
+    @classmethod
+    def of(cls, metric: "Metrics | Measures", refused: Collection[str] = (), use: str = "here") -> "Measures":
+        """Return one metric, or several that are read from the same logits; validated metrics are returned unchanged.
+
+        Args:
+            metric: the metric or metrics.
+            refused, use: as in `find`.
+
+        Raises:
+            FeatpatchError: there is no metric, `find` rejects one, two have the same name, or metrics of answers of several
+                tokens come with others.
+        """
+        if isinstance(metric, Measures):
+            return metric
+        several = _several(metric)
+        if not several or not all(isinstance(one, str) or callable(one) for one in several):
+            raise FeatpatchError(f"metric={metric!r}: expected at least one metric, each the name of a metric or a function")
+        parts = tuple(find(one, refused, use) for one in several)
+        names = [part.name for part in parts]
+        if len(set(names)) < len(names):
+            raise FeatpatchError(f"metric={names}: expected each name once; give functions different names")
+        if len({part.by_token for part in parts}) > 1:
+            raise FeatpatchError(
+                f"metric={names}: expected metrics of answers of several tokens ({', '.join(SEQUENCES)}) on their own, because "
+                "the others read one token; rank twice"
+            )
+        return cls(parts)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -161,6 +195,11 @@ class Measures:
     def reads_clean(self) -> bool:
         """Whether any of the metrics reads the logits of the clean run."""
         return any(part.needs == "clean" for part in self.parts)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether they read answers of several tokens."""
+        return any(part.by_token for part in self.parts)
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
         """Return the token ids whose logits any of the metrics needs, as `Measure.columns` does for one."""
@@ -184,7 +223,9 @@ class Measures:
         return torch.stack(values, dim=1)
 
 
-SEQUENCES = ("sequence_log_prob", "sequence_log_prob_diff")
+SEQUENCES = {
+    name: Measure(name, log_prob, "vocabulary", by_token=True) for name in ("sequence_log_prob", "sequence_log_prob_diff")
+}
 """Metrics of answers of several tokens, read at several positions: the log-probability of all correct answers together, and the
 same minus the log-probability of all wrong answers together."""
 
@@ -218,44 +259,36 @@ def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = 
         name = name_of(metric)
         alone = reads_one_prompt(metric, name)
         return Measure(name, partial(called, metric, name, alone), "vocabulary", of_answers=not alone)
-    if not isinstance(metric, str) or metric not in MEASURES or metric in refused:
-        every = (*MEASURES, *SEQUENCES)
+    every = MEASURES | SEQUENCES
+    if not isinstance(metric, str) or metric not in every or metric in refused:
         what = f"not supported {use}" if metric in every else "unknown"
         accepted = ", ".join(name for name in every if name not in refused)
         raise FeatpatchError(f"metric {metric!r} is {what}: expected one of {accepted}, or a function {FORMS}")
-    return MEASURES[metric]
+    return every[metric]
 
 
-def one_metric(metric: "str | Metric | Sequence[str | Metric]") -> str | Metric:
+def leading(metric: Metrics) -> str | Metric:
+    """Return the first of several metrics, whose table is the main one."""
+    Measures.of(metric)
+    return _several(metric)[0]
+
+
+def one_metric(metric: Metrics) -> str | Metric:
     """Return the only metric, given by itself or as a list of one, for functions that compute one metric at a time.
 
     Raises:
         FeatpatchError: there are several metrics, or none.
     """
-    several = [metric] if isinstance(metric, str) or callable(metric) else list(metric) if isinstance(metric, Sequence) else []
+    several = _several(metric)
     if len(several) != 1:
         raise FeatpatchError(f"metric={metric!r}: expected one name or one function; call this once for each metric")
     return several[0]
 
 
-def together(
-    metric: "str | Metric | Sequence[str | Metric]", refused: Collection[str] = SEQUENCES, use: str = "here"
-) -> Measures:
-    """Return one or several metrics that are read from the same logits.
-
-    Args:
-        metric: a name or function, or several.
-        refused, use: as in `find`.
-
-    Raises:
-        FeatpatchError: there is no metric, `find` rejects one, or two have the same name.
-    """
-    several = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
-    parts = tuple(find(one, refused, use) for one in several)
-    names = [part.name for part in parts]
-    if not names or len(set(names)) < len(names):
-        raise FeatpatchError(f"metric={names}: expected at least one metric, each name once; give functions different names")
-    return Measures(parts)
+def _several(metric: Metrics) -> list[str | Metric]:
+    if isinstance(metric, str) or callable(metric):
+        return [metric]
+    return list(metric) if isinstance(metric, Sequence) else []
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

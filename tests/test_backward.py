@@ -16,12 +16,12 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import featpatch as fp
 from featpatch.circuits.edge_graph import EdgeGraph
+from featpatch.metrics import Measures
 from featpatch.model.backward import FROZEN, RULES, Rules, modified
 from featpatch.model.gradients import Differentiated
 from featpatch.model.gradients import gradients as backpropagated
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.runs import readout
 
 EXACT, ROTARY = 1e-10, 1e-7
 """Hugging Face computes rotary embeddings in float32."""
@@ -277,7 +277,7 @@ def test_an_ablation_is_estimated_too(small: Small) -> None:
 def test_scores_of_edges_add_up_to_the_estimate_of_the_embedding(name: str, method: Any) -> None:
     """All edges from the embedding together are its ablation; scores are losses per pair."""
     whole = model(name)
-    graph = EdgeGraph(wrap(whole), PAIRS, "corrupted", readout("logit_diff"))
+    graph = EdgeGraph(wrap(whole), PAIRS, "corrupted", Measures.of("logit_diff"))
     found = dict(zip(graph.items, graph.estimates(method), strict=True))
     entering = fp.rank_components(
         whole, PAIRS, sites="resid_pre", layers=[0], directions=["noising"], method=method, progress=False

@@ -30,9 +30,9 @@ from featpatch.circuits.attribution import points_of
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.mediators import mediators_of
 from featpatch.circuits.node_graph import NodeGraph
+from featpatch.metrics import Measures
 from featpatch.model import facts
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.runs import readout
 from featpatch.sae.dictionary import dictionaries
 
 SCORES = ["estimate", "eap_ig_inputs", "eap_ig_activations"]
@@ -73,7 +73,7 @@ def groups_of(senders: Any) -> list[list[str]]:
 @pytest.mark.parametrize("to", ["corrupted", "zero", "mean", "mean_by_position", "resample"])
 def test_edges_by_a_loop_over_points(scores: Any, metric: str, to: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     small, steps = small_hooked(), 3
-    graph = EdgeGraph(wrap(small.model), pairs_of(small), to, readout(metric))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), to, Measures.of(metric))
     monkeypatch.setattr("featpatch.circuits.edge_graph.ESTIMATED_AT_ONCE", 14)  # two prompts, then one
     both = edge_oracle.outputs(small.model, torch.cat([small.corrupted, small.clean]))
     now, other = {name: x[3:] for name, x in both.items()}, {name: outside(small, to)(x) for name, x in both.items()}
@@ -150,7 +150,7 @@ def test_special_tokens_of_nodes_by_a_loop_over_points(hooked: Small, scores: An
     """Ablation values that are the same in all prompts do not apply to special tokens, where a node has no effect."""
     pairs = fp.Pairs(tuple(replace(pair, special=frozenset({0, 3})) for pair in pairs_of(hooked)))
     lens, nodes = wrap(hooked.model), node_graph_of(hooked, to, errors).items
-    graph = NodeGraph(lens, pairs, to, readout("logit_diff"), nodes, dictionaries(lens, saes_of(hooked)), errors)
+    graph = NodeGraph(lens, pairs, to, Measures.of("logit_diff"), nodes, dictionaries(lens, saes_of(hooked)), errors)
     words = [1, 2, 4, 5, 6]
     of = {"zero": outside(hooked, "zero"), "mean": lambda x: x[:, words].mean((0, 1)).expand_as(x[:3])}[to]
     expected = node_scores(
@@ -197,7 +197,7 @@ def test_edges_at_positions_and_in_front_of_norms(name: str, scores: Any, to: st
 def test_nodes_with_the_divergence(hooked: Small, scores: Any) -> None:
     """The gradient of `"neg_kl"` is zero only if the candidates are everything at their hook points."""
     lens, nodes = wrap(hooked.model), tuple(node for node in nodes_of(hooked) if node.kind != "error")
-    graph = NodeGraph(lens, pairs_of(hooked), "corrupted", readout("neg_kl"), nodes, dictionaries(lens, saes_of(hooked)))
+    graph = NodeGraph(lens, pairs_of(hooked), "corrupted", Measures.of("neg_kl"), nodes, dictionaries(lens, saes_of(hooked)))
     expected = node_scores(
         hooked.model, hooked.clean, hooked.corrupted, saes_of(hooked), list(nodes), lambda x: x, "in", scores, 2,
         lambda x: METRICS["neg_kl"](x, hooked),
@@ -211,7 +211,7 @@ def test_points_of_features_of_heads(name: str) -> None:
     small, site = small_of(name), "blocks.1.attn.hook_z"
     sae, lens = standard(site, 10, reshape_activations="hook_z"), wrap(small.model)
     mediators = mediators_of(lens, [fp.Node(site, "feature", 4, "all", site)], dictionaries(lens, sae))
-    graph = EdgeGraph(lens, pairs_of(small), "corrupted", readout("logit_diff"), mediators=mediators)
+    graph = EdgeGraph(lens, pairs_of(small), "corrupted", Measures.of("logit_diff"), mediators=mediators)
     points = [point for point in points_of("eap_ig_activations", 2, graph.components) if point.place[0].site == site]
     _, found = graph.slopes([0, 1, 2], points, torch.ones(len(points), 3), lambda runs: None)
     clean, other = (small.model.run_with_cache(prompts)[1][site] for prompts in (small.clean, small.corrupted))
@@ -247,7 +247,7 @@ def test_nodes_of_a_hook_point_add_up_to_the_effect_of_all(small: Small) -> None
 def test_overlapping_nodes_lose_nothing_alone(hooked: Small) -> None:
     """A head that two candidates cover stays kept if only one of them is ablated, as in exact scores."""
     nodes = (fp.Node("blocks.0.attn.hook_z", "head", 1, 3), fp.Node("blocks.0.attn.hook_z", "head", 1), fp.head(1, 2))
-    graph = NodeGraph(wrap(hooked.model), pairs_of(hooked), "corrupted", readout("logit_diff"), nodes)
+    graph = NodeGraph(wrap(hooked.model), pairs_of(hooked), "corrupted", Measures.of("logit_diff"), nodes)
     for scores in SCORES:
         found = graph.estimates(scores)  # type: ignore[arg-type]
         assert found[0] == 0
@@ -268,8 +268,8 @@ def test_answers_of_several_tokens(over: str, several: bool) -> None:
     def graph(pairs: fp.Pairs, metric: str) -> Any:
         lens = wrap(small.model)
         if over == "edges":
-            return EdgeGraph(lens, pairs, "corrupted", readout(metric))
-        return NodeGraph(lens, pairs, "corrupted", readout(metric), nodes)
+            return EdgeGraph(lens, pairs, "corrupted", Measures.of(metric))
+        return NodeGraph(lens, pairs, "corrupted", Measures.of(metric), nodes)
 
     expected, points = 0.0, points_of("eap_ig_inputs", steps, list)
     singles = []
@@ -368,7 +368,7 @@ def test_a_change_of_the_model_after_the_first_call_is_noticed(change: str) -> N
     small = small_hooked()
 
     def estimates() -> np.ndarray:
-        return EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff")).estimates()
+        return EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", Measures.of("logit_diff")).estimates()
 
     first = estimates()
     np.testing.assert_array_equal(estimates(), first)

@@ -18,8 +18,8 @@ from test_several_metrics import ANSWERS, long_pairs
 
 import featpatch as fp
 from featpatch.circuits.node_graph import NodeGraph
+from featpatch.metrics import Measures
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.runs import readout
 from featpatch.sae.dictionary import dictionaries
 
 OPTIONS: dict[str, Any] = {"progress": False}
@@ -43,7 +43,7 @@ def nodes_of(small: Small) -> list[fp.Node]:
 def graph_of(small: Small, to: str, errors: str) -> NodeGraph:
     lens = wrap(small.model)
     nodes = tuple(node for node in nodes_of(small) if errors == "nodes" or node.kind != "error")
-    graph = NodeGraph(lens, pairs_of(small), to, readout("logit_diff"), nodes, dictionaries(lens, saes_of(small)), errors)
+    graph = NodeGraph(lens, pairs_of(small), to, Measures.of("logit_diff"), nodes, dictionaries(lens, saes_of(small)), errors)
     graph.check()
     return graph
 
@@ -363,7 +363,7 @@ def test_a_transcoder_sees_what_was_ablated_where_it_reads(small: Small) -> None
     lens = wrap(small.model)
     for saes in ([first, transcoder], [transcoder, first]):
         graph = NodeGraph(
-            lens, pairs_of(small), "corrupted", readout("logit_diff"), tuple(nodes), dictionaries(lens, saes), "in"
+            lens, pairs_of(small), "corrupted", Measures.of("logit_diff"), tuple(nodes), dictionaries(lens, saes), "in"
         )
         np.testing.assert_allclose(graph.values([kept])[0], expected, atol=1e-9)
 
@@ -374,8 +374,8 @@ def test_interrupted_circuits_are_not_half_known(small: Small, monkeypatch: pyte
     pairs = fp.Pairs(tuple(fp.Pair(tuple(c), tuple(x), (3,), (4,)) for c, x in tokens))
     lens = wrap(small.model)
     heads = tuple(fp.Node("blocks.0.attn.hook_z", "head", n) for n in range(4))
-    graph = NodeGraph(lens, pairs, "corrupted", readout("logit_diff"), heads)
-    true = NodeGraph(lens, pairs, "corrupted", readout("logit_diff"), heads).values([heads[:2]])
+    graph = NodeGraph(lens, pairs, "corrupted", Measures.of("logit_diff"), heads)
+    true = NodeGraph(lens, pairs, "corrupted", Measures.of("logit_diff"), heads).values([heads[:2]])
     measured, calls = NodeGraph.measured, []
 
     def interrupted(self: NodeGraph, kept: Any, some: Any) -> Any:
@@ -433,7 +433,7 @@ def test_whole_heads_and_single_ones(small: Small, monkeypatch: pytest.MonkeyPat
     """Attention's output as a whole is kept if the whole is; and batches make no difference."""
     site = "blocks.0.attn.hook_z"
     nodes = (fp.Node(site, "activation", None, 3), *(fp.Node(site, "head", n) for n in range(4)))
-    graphs = [NodeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff"), nodes) for _ in range(2)]
+    graphs = [NodeGraph(wrap(small.model), pairs_of(small), "corrupted", Measures.of("logit_diff"), nodes) for _ in range(2)]
     choices = [[nodes[0]], list(nodes[1:]), [*nodes], []]
     found = graphs[0].values(choices)
     np.testing.assert_allclose(found[1], found[2])
@@ -545,9 +545,9 @@ def test_positions_of_longer_runs_are_those_of_the_prompt(small: Small, last: st
     pairs = fp.Pairs(tuple(replace(pair, labels={"end": 6}) for pair in long_pairs(small)))
     site = "blocks.0.attn.hook_z"
     nodes = (fp.Node(site, "head", 1, 3), fp.Node(site, "head", 2, last))
-    graph = NodeGraph(wrap(small.model), pairs, "corrupted", readout("sequence_log_prob"), nodes)
+    graph = NodeGraph(wrap(small.model), pairs, "corrupted", Measures.of("sequence_log_prob"), nodes)
     found = graph.values([nodes])[0]
-    at_six = NodeGraph(graph.lens, pairs, "corrupted", graph.read, (nodes[0], replace(nodes[1], position=6)))
+    at_six = NodeGraph(graph.lens, pairs, "corrupted", graph.measures, (nodes[0], replace(nodes[1], position=6)))
     np.testing.assert_array_equal(graph.estimates(), at_six.estimates())
     answer = ANSWERS[0][0][0]
     clean, corrupted = (torch.cat([tokens[0], torch.tensor(answer[:-1])])[None] for tokens in (small.clean, small.corrupted))

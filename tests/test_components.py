@@ -134,7 +134,7 @@ def test_counts_are_what_is_made(small: Small) -> None:
     """The progress bar's total."""
     names = ["resid_pre", "z", "q", "k", "pattern", "pattern_entry", "neurons"]
     study = component_study(small.model, pairs_of(CLEAN, CORRUPTED), names, None, Options([2, 6], ["denoising"]))
-    runs = study.runs((0, 1))
+    runs = study.runner.run((0, 1))
     for part in study.parts:
         swaps = part.swaps(runs)
         assert [part.count(run) for run in runs] == [sum(len(swap.nodes) for swap in of_pair) for of_pair in swaps]

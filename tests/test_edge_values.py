@@ -18,8 +18,8 @@ import featpatch as fp
 from featpatch.circuits.attribution import Point
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.regions import Regions
+from featpatch.metrics import Measures
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.runs import readout
 
 VALUES = ["corrupted", "zero", "mean", "mean_by_position", "resample"]
 MODELS = {"gpt2": lambda: small_hooked().model, "gemma2": HOOKED["gemma2"]}
@@ -32,7 +32,7 @@ def small_of(name: str) -> Small:
 
 def graph_of(small: Small, to: str = "corrupted", pairs: Any = None, positions: Any = "all", **options: Any) -> EdgeGraph:
     pairs = pairs_of(small) if pairs is None else pairs
-    regions, read = Regions.of(positions, pairs), readout(options.pop("metric", "logit_diff"))
+    regions, read = Regions.of(positions, pairs), Measures.of(options.pop("metric", "logit_diff"))
     graph = EdgeGraph(wrap(small.model), pairs, to, read, regions=regions, **options)
     graph.check()
     return graph
@@ -201,7 +201,7 @@ def test_whole_answers(to: str) -> None:
     model, runs = small.model, torch.zeros(len(graph.runs), dtype=torch.float64)
     both = torch.cat([small.corrupted, small.clean])
     for number, (index, reading) in enumerate(graph.readings):
-        behind = torch.tensor(reading.continuation, dtype=torch.long)
+        behind = torch.tensor(reading.clean[len(small.clean[index]) :], dtype=torch.long)
         tokens = torch.cat([small.clean[index], behind])[None]
         if to == "resample":
             other = written_by_hooks(model, torch.cat([both[partners(small)[index]], behind])[None])

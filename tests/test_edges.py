@@ -18,8 +18,8 @@ from featpatch.circuits.attribution import Point
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.search import along_edges
+from featpatch.metrics import Measures
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.runs import readout
 
 OPTIONS: dict[str, Any] = {"over": "edges", "progress": False}
 BY_HAND = {"induction, value": lambda: induction("value"), "induction, key": lambda: induction("key"), "and": lambda: gates("and"),
@@ -41,7 +41,7 @@ def named(edge: Any) -> tuple[str, str]:
 
 
 def graph_of(model: Any, pairs: fp.Pairs, to: str = "corrupted") -> EdgeGraph:
-    graph = EdgeGraph(wrap(model), pairs, to, readout("logit_diff"))
+    graph = EdgeGraph(wrap(model), pairs, to, Measures.of("logit_diff"))
     graph.check()
     return graph
 
@@ -235,7 +235,7 @@ def test_single_edges_as_paths_are_those_of_whole_passes(kind: str, name: str, m
     """Every edge ablated by itself, through the engine of paths and in a pass put together from all edges."""
     model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
     small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
-    graph = EdgeGraph(wrap(model), pairs_of(small, [0, 1]), "corrupted", readout(metric))
+    graph = EdgeGraph(wrap(model), pairs_of(small, [0, 1]), "corrupted", Measures.of(metric))
     found, slow = graph.alone(), Graph.alone(graph)
     np.testing.assert_allclose(found, slow, atol=1e-10)
     assert np.abs(slow - graph.whole).max() > 1e-4
@@ -295,7 +295,7 @@ def test_parallel_blocks_have_no_edge_from_a_head_to_their_own_mlp() -> None:
 def test_shared_keys_lead_to_the_heads_that_use_them() -> None:
     """Greedy search and graph: a key head of a model with grouped queries belongs to several heads."""
     small = Small(HOOKED["llama"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
-    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff"))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", Measures.of("logit_diff"))
     last = next(e for e in graph.items if named(e) == ("L2.H1", "logits"))
     keys = [e for e in graph.items if named(e) in {("embed", "L2.H0.k"), ("embed", "L2.H1.k")}]
     scores = np.array([3.0 if e == last else 2.0 if e == keys[1] else 1.0 if e == keys[0] else 0.0 for e in graph.items])
@@ -340,7 +340,7 @@ def test_orders_sizes_and_signs() -> None:
 def test_the_divergence_of_edges() -> None:
     """The metric of any edges against the recomputed forward pass, and a search by exact scores."""
     small = small_hooked()
-    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("neg_kl"))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", Measures.of("neg_kl"))
     graph.check()
     generator = np.random.default_rng(0)
     choices = [[edge for edge in graph.items if generator.random() < share] for share in (0.3, 0.9)]
@@ -360,7 +360,7 @@ def test_whole_answers_of_edges() -> None:
         tuple(small.clean[0].tolist()), tuple(small.corrupted[0].tolist()), (), (),
         correct_sequences=answers[0], wrong_sequences=answers[1],
     )  # fmt: skip
-    graph = EdgeGraph(wrap(small.model), fp.Pairs((pair,)), "corrupted", readout("sequence_log_prob_diff"))
+    graph = EdgeGraph(wrap(small.model), fp.Pairs((pair,)), "corrupted", Measures.of("sequence_log_prob_diff"))
     graph.check()
     kept = [edge for number, edge in enumerate(graph.items) if number % 3]
     ablated = {named(edge) for edge in set(graph.items) - set(kept)}
@@ -381,7 +381,7 @@ def test_whole_answers_of_edges() -> None:
         for place, token in enumerate(answer):
             behind = answer[:place]
             single = fp.Pair(pair.clean + behind, pair.corrupted + behind, (token,), (39,))
-            of_token = EdgeGraph(wrap(small.model), fp.Pairs((single,)), "corrupted", readout("log_prob"))
+            of_token = EdgeGraph(wrap(small.model), fp.Pairs((single,)), "corrupted", Measures.of("log_prob"))
             expected_scores += weight * of_token.estimates()
     np.testing.assert_allclose(graph.estimates(), expected_scores, atol=1e-9)
 

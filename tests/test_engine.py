@@ -27,7 +27,7 @@ from featpatch.model.facts import digest
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.controls import RandomPart
 from featpatch.patching.features import feature_study
-from featpatch.patching.runs import Kept, PairRuns, held
+from featpatch.patching.runs import PairRuns, Runner, held
 from featpatch.patching.study import Options
 
 BRIDGED = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in (1, 2)]
@@ -348,7 +348,7 @@ def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
     saes = [small.at(site) for site in SITES]
     study, _ = feature_study(small.model, saes, pairs_of(small), Options("each", ("denoising", "noising")))
     ((_, blocks),) = study.work()
-    sweep = Sweep(study.path, study.readout.measures, study.rows)
+    sweep = Sweep(study.path, study.measures, study.rows)
     sweep.baselines([block.run for block in blocks])
     patches, rows, flops = sweep.cost(blocks)
     with FlopCounterMode(display=False) as counter:
@@ -367,7 +367,7 @@ def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
 def test_a_trial_is_timed_once_warm(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     study, _ = feature_study(bridge.model, bridge.at(SITES[0]), pairs_of(bridge), Options("all", ("denoising",), batch_rows=40))
     ((_, blocks),) = study.work()
-    sweep = Sweep(study.path, study.readout.measures, study.rows)
+    sweep = Sweep(study.path, study.measures, study.rows)
     ran, run = [], sweep.run
     monkeypatch.setattr(sweep, "run", lambda batch: ran.append(len(batch)) or run(batch))
     monkeypatch.setattr("featpatch.engine.sweep.time", SimpleNamespace(perf_counter=iter([7.0, 9.5]).__next__))
@@ -457,22 +457,23 @@ def test_a_long_sweep_is_announced_after_its_first_batch(
     assert "in total" not in sweep(progress=True)
 
 
-def test_runs_are_kept_as_long_as_there_is_room(bridge: Small) -> None:
+def test_runs_are_kept_as_long_as_there_is_room(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of 100 bytes, then of 300; the latest one is kept beside."""
     ran: list[int] = []
 
-    def run(some: tuple[int, ...]) -> Any:
+    def run(self: Runner, some: tuple[int, ...]) -> Any:
         ran.extend(some)
         made = PairRuns(pairs_of(bridge)[0], 0, {}, {}, {})
         made.once("a part", lambda: torch.zeros(25 if some[0] < 2 else 75))
         return [made]
 
-    kept = Kept(run, 0, 250)
+    monkeypatch.setattr(Runner, "_run", run)
+    runner = Runner(wrap(bridge.model), pairs_of(bridge), [], [], [], {}, None, None, 250)
     for _ in range(2):
         for group in range(5):
-            kept((group,))
+            runner.run([group])
     assert ran == [0, 1, 2, 3, 4, 2, 3, 4]
-    assert kept.room == 50
+    assert runner.room == 50
     assert held([torch.zeros(3), {"a": (torch.zeros(2, dtype=torch.float64), "text")}]) == 3 * 4 + 2 * 8
 
 
@@ -511,7 +512,7 @@ def test_batches_are_full_and_fit(small: Small, room: int) -> None:
         small.model, small.at(SITES[0]), pairs_of(small), Options("each", ("denoising", "noising"), batch_rows=40)
     )
     ((_, blocks),) = study.work()
-    units = Sweep(study.path, study.readout.measures, study.rows).units(blocks)
+    units = Sweep(study.path, study.measures, study.rows).units(blocks)
     made = list(batches(study.path, units, room))
     found = sorted((unit.index, int(patch)) for batch in made for unit in batch for patch in unit.patches)
     assert found == sorted((unit.index, int(patch)) for unit in units for patch in unit.patches)
@@ -528,7 +529,7 @@ def test_what_parts_find_stays_with_the_runs(small: Small) -> None:
         small.model, small.at(SITES[0]), pairs_of(small), Options("all", ("denoising",), batch_rows=40)
     )
     for part in (*study.parts, RandomPart(found[0], 0, "all", 3, 0)):
-        before, runs = {**vars(part)}, study.runs((0, 1, 2))
+        before, runs = {**vars(part)}, study.runner.run((0, 1, 2))
         part.swaps(runs)
         assert vars(part) == before
         assert all(part in run.found for run in runs)

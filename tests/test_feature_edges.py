@@ -19,8 +19,8 @@ from test_several_metrics import long_pairs
 import featpatch as fp
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.mediators import mediators_of
+from featpatch.metrics import Measures
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.runs import readout
 from featpatch.sae.dictionary import dictionaries
 
 TRANSCODER = "blocks.1.ln2.hook_normalized -> blocks.1.hook_mlp_out"
@@ -40,7 +40,7 @@ def nodes_of(names: list[str]) -> list[fp.Node]:
 def graph_of(small: Small, saes: list[Any], nodes: list[fp.Node], to: str = "corrupted") -> EdgeGraph:
     lens = wrap(small.model)
     graph = EdgeGraph(
-        lens, pairs_of(small), to, readout("logit_diff"), mediators=mediators_of(lens, nodes, dictionaries(lens, saes))
+        lens, pairs_of(small), to, Measures.of("logit_diff"), mediators=mediators_of(lens, nodes, dictionaries(lens, saes))
     )
     graph.check()
     return graph
@@ -96,14 +96,14 @@ def test_mediators_with_whole_answers(last: int) -> None:
     lens, sae = wrap(small.model), small.at(site)
     nodes = [fp.Node(site, "feature", 3, last, site), fp.Node(site, "error", None, last, site)]
     mediators = mediators_of(lens, nodes, dictionaries(lens, [sae]))
-    graph = EdgeGraph(lens, long_pairs(small), "corrupted", readout("sequence_log_prob"), mediators=mediators)
+    graph = EdgeGraph(lens, long_pairs(small), "corrupted", Measures.of("sequence_log_prob"), mediators=mediators)
     graph.check()
     generator = np.random.default_rng(0)
     kept = [edge for edge in graph.items if generator.random() < 0.5]
     ablated = {named(edge) for edge in graph.items} - {named(edge) for edge in kept}
     values = torch.zeros(len(graph.runs), dtype=torch.float64)
     for number, (index, reading) in enumerate(graph.readings):
-        behind = torch.tensor(reading.continuation, dtype=torch.long)
+        behind = torch.tensor(reading.clean[len(small.clean[index]) :], dtype=torch.long)
         clean, corrupted = (torch.cat([tokens[index], behind])[None] for tokens in (small.clean, small.corrupted))
         here = torch.zeros(clean.shape, dtype=torch.bool)
         here[:, 6] = True

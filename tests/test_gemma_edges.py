@@ -15,8 +15,8 @@ import featpatch as fp
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.mediators import mediators_of
+from featpatch.metrics import Measures
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.runs import readout
 from featpatch.sae.dictionary import dictionaries
 
 pytestmark = pytest.mark.usefixtures("wide")
@@ -96,7 +96,7 @@ def test_a_feature_of_heads_is_a_mediator(name: str, to: str) -> None:
     small = BY_HOOKS[name]()
     model, sae, lens = small.model, standard(Z, 10, reshape_activations="hook_z"), wrap(small.model)
     mediators = mediators_of(lens, [FEATURE], dictionaries(lens, sae))
-    graph = EdgeGraph(lens, pairs_of(small), to, readout("logit_diff"), mediators=mediators)
+    graph = EdgeGraph(lens, pairs_of(small), to, Measures.of("logit_diff"), mediators=mediators)
     graph.check()
     head = fp.Node(Z, "head", 2)
     single = fp.Edge.of(head, FEATURE)

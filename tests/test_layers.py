@@ -104,7 +104,7 @@ def test_dataclasses_are_frozen() -> None:
     thawed = {each.__name__ for each in own if not each.__dataclass_params__.frozen}
     ours = {
         "Lock",
-        "Kept",
+        "Runner",
         "Sweep",
         "Shards",
         "Fired",

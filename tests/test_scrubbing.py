@@ -15,8 +15,8 @@ from test_sets import pairs_of
 import featpatch as fp
 from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.scrubbing import Scrubbed, _Run
+from featpatch.metrics import Measures
 from featpatch.model.transformer_lens import wrap
-from featpatch.patching.runs import readout
 
 EMBED = fp.Node("hook_embed", "activation")
 LENGTH = 8
@@ -102,7 +102,7 @@ def test_right_and_wrong_hypotheses() -> None:
 def test_everything_in_the_hypothesis_is_the_model(make: Any) -> None:
     """Labels that only the prompt itself has, all senders important, down to the embedding: nothing changes."""
     small = make()
-    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff"))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", Measures.of("logit_diff"))
     own: Any = lambda pair: pair.clean  # noqa: E731
     parents = {receiver: dict.fromkeys(graph.senders(receiver), own) for receiver in graph.receivers()
                if receiver == fp.LOGITS or ".0." in receiver.site or receiver.site == "blocks.1.hook_mlp_out"}  # fmt: skip
@@ -130,7 +130,7 @@ def test_every_receiver_in_every_kind_of_block(name: str) -> None:
     kind, _, which = name.partition(" ")
     model = (BRIDGES if kind == "bridge" else HOOKED)[which]()
     small = Small(model, [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
-    graph = EdgeGraph(wrap(model), pairs_of(small), "corrupted", readout("logit_diff"))
+    graph = EdgeGraph(wrap(model), pairs_of(small), "corrupted", Measures.of("logit_diff"))
     own: Any = lambda pair: pair.clean  # noqa: E731
     parents = {receiver: dict.fromkeys(graph.senders(receiver), own) for receiver in graph.receivers()
                if receiver == fp.LOGITS or ".0.attn.hook_k" in receiver.site or receiver.site == "blocks.1.hook_mlp_out"}  # fmt: skip
@@ -154,7 +154,7 @@ def test_bad_hypotheses() -> None:
 def test_shared_keys_belong_to_every_head_that_uses_them() -> None:
     """A shared key from random prompts moves the second of its heads as well as the first."""
     small = Small(HOOKED["llama"](), [], correct=torch.tensor([3, 5, 7]), wrong=torch.tensor([4, 6, 8]))
-    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", readout("logit_diff"))
+    graph = EdgeGraph(wrap(small.model), pairs_of(small), "corrupted", Measures.of("logit_diff"))
     own: Any = lambda pair: pair.clean  # noqa: E731
     run = _Run(
         graph,
@@ -171,7 +171,7 @@ def test_shared_keys_belong_to_every_head_that_uses_them() -> None:
 def scrubbed_by_neighbours(small: Small, pairs: fp.Pairs, metric: str, monkeypatch: pytest.MonkeyPatch) -> Scrubbed:
     """Everything that writes to the logits comes from the pair after this one, as if that had been drawn."""
     monkeypatch.setattr(_Run, "_agreeing", lambda self, label, rows: np.roll(rows, -1))
-    graph = EdgeGraph(wrap(small.model), pairs, "corrupted", readout(metric))
+    graph = EdgeGraph(wrap(small.model), pairs, "corrupted", Measures.of(metric))
     parents = {fp.LOGITS: dict.fromkeys(graph.senders(fp.LOGITS), lambda pair: 0)}
     return fp.scrub(small.model, pairs, fp.Hypothesis(parents), metric=metric, draws=2)
 

@@ -171,9 +171,9 @@ def test_answers_must_fit_behind_the_prompt() -> None:
 
 
 def test_measures_name_their_columns() -> None:
-    together = metrics.together(["prob", "logit_diff"])
+    together = metrics.Measures.of(["prob", "logit_diff"])
     assert together.columns([1], [2]) is None
-    assert metrics.together("logit_diff").columns([1], [2]) == (1, 2)
+    assert metrics.Measures.of("logit_diff").columns([1], [2]) == (1, 2)
     logits = torch.tensor([[0.0, 2.0, 1.0]], dtype=torch.float64)
     assert together(logits, [1], [2])[0].tolist() == pytest.approx([float(logits.softmax(-1)[0, 1]), 1.0])
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -12,12 +12,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from featpatch.errors import FeatpatchError, check_choices
+from featpatch.metrics import Measures
 from featpatch.model.lens import Lens
 from featpatch.nodes import Position
-from featpatch.pairs.pair import Reading
+from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs, check_unmixed
 from featpatch.patching.ablation import AblationValues, Everywhere, OtherPrompts, Values, named_values
-from featpatch.patching.runs import Readout, readings_of
+from featpatch.patching.readings import combined, continuation, readings_of
 from featpatch.sae.dictionary import Dictionary
 
 Array = NDArray[np.float64]
@@ -43,7 +44,7 @@ class CleanRuns(ABC):
         lens: the model.
         pairs: the clean and corrupted prompts.
         to: the ablation values of the complement.
-        read: the metric that is measured.
+        measures: the metric that is measured.
         reference: pairs whose prompts are averaged or resampled; None for `pairs`.
         seed: the seed for resampling.
     """
@@ -51,14 +52,14 @@ class CleanRuns(ABC):
     lens: Lens
     pairs: Pairs
     to: Complement
-    read: Readout
+    measures: Measures
     reference: Pairs | None = field(default=None, kw_only=True)
     seed: int | None = field(default=None, kw_only=True)
     _clean: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
         """Raise a FeatpatchError if hooks are attached to the model, or the complement can't be ablated in this way."""
-        if self.to == "mean_by_position" and any(reading.continuation for _, reading in self.readings):
+        if self.to == "mean_by_position" and any(map(self.continuation, range(len(self.runs)))):
             raise FeatpatchError(
                 f"to={self.to!r} with metric {self.name!r} and answers of several tokens: expected another `to`, such as "
                 "'mean', because there are no prompts with other answers to average at the positions of the answer"
@@ -89,8 +90,8 @@ class CleanRuns(ABC):
         """
         if not isinstance(self.ablation, OtherPrompts):
             return None
-        chosen = (self.readings[number] for number in some)
-        return torch.tensor([self.ablation.partners[index] + reading.continuation for index, reading in chosen])
+        partners = self.ablation.partners
+        return torch.tensor([partners[self.readings[number][0]] + self.continuation(number) for number in some])
 
     def everywhere(self, of: str | Dictionary, like: Values, length: int) -> Values:
         """Return the ablation values `[pos, ...]`, the same in all runs of a length, in the shapes of `like`."""
@@ -101,34 +102,27 @@ class CleanRuns(ABC):
     @property
     def name(self) -> str:
         """The name of the metric."""
-        return self.read.names[0]
+        return self.measures.names[0]
 
     @property
     def reads_clean(self) -> bool:
         """Whether the metric compares with the clean run; its gradient is then zero there."""
-        return self.read.measures.reads_clean
+        return self.measures.reads_clean
 
     @cached_property
-    def readings(self) -> list[tuple[int, Reading]]:
+    def readings(self) -> list[tuple[int, Pair]]:
         """The readings, each with the index of its pair, in the order of the pairs."""
-        readings = readings_of(self.read, self.pairs, self.lens)
+        readings = readings_of(self.measures, self.pairs, self.lens)
         return [(index, reading) for index, of_pair in readings.items() for reading in of_pair]
 
     @cached_property
     def runs(self) -> Pairs:
-        """The pair of each reading, with the reading's continuation after both prompts; labels keep their positions."""
-        read = [(self.pairs[index], reading.continuation) for index, reading in self.readings]
-        return Pairs(
-            tuple(
-                replace(
-                    pair,
-                    clean=pair.clean + continuation,
-                    corrupted=pair.corrupted + continuation,
-                    answer_position=pair.answer_position + len(continuation),
-                )
-                for pair, continuation in read
-            )
-        )
+        """The readings alone; labels keep their positions."""
+        return Pairs(tuple(reading for _, reading in self.readings))
+
+    def continuation(self, run: int) -> tuple[int, ...]:
+        """Return the tokens that follow the prompts of the pair in a run."""
+        return continuation(self.runs[run], self.pairs[self.readings[run][0]])
 
     def tokens_at(self, index: int, position: Position) -> list[int]:
         """Return the token positions that a node's position stands for in a run.
@@ -142,7 +136,7 @@ class CleanRuns(ABC):
         """Combine the values of the runs into one value per pair, with its gradient."""
         counts = np.bincount([index for index, _ in self.readings]).tolist()
         each = zip(self.pairs, values.split(counts), strict=True)
-        return torch.stack([self.read.combine(pair, of_pair[:, None, None])[0, 0] for pair, of_pair in each])
+        return torch.stack([combined(self.measures, pair, of_pair[:, None, None])[0, 0] for pair, of_pair in each])
 
     @cached_property
     def whole_runs(self) -> Float[torch.Tensor, " runs"]:
@@ -172,11 +166,11 @@ class CleanRuns(ABC):
                 logits `[circuits, columns]`.
             some: the indices of some equally long runs.
         """
-        (measure,) = self.read.measures.parts
+        (measure,) = self.measures.parts
         self._note_clean(some)
         values = []
         for slot, index in enumerate(some):
-            correct, wrong = self.readings[index][1].correct, self.readings[index][1].wrong
+            correct, wrong = self.runs[index].correct, self.runs[index].wrong
             of_run = read(slot, measure.columns(correct, wrong))
             values.append(measure.of(of_run, correct, wrong, self._clean.get(index)))
         return torch.stack(values, 1).double()

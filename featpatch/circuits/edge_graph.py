@@ -40,7 +40,6 @@ from featpatch.pairs.pairs import Pairs
 from featpatch.patching.ablation import Everywhere
 from featpatch.patching.paths import EdgePart
 from featpatch.patching.route import Senders, receiver_of
-from featpatch.patching.runs import AtAnswer
 from featpatch.patching.study import Options, Study
 
 PATCHED_AT_ONCE = 80
@@ -97,7 +96,7 @@ class EdgeGraph(EdgeRuns):
         `rank_paths` with `route="direct"`: they run from the receiver's layer on, and many share a forward pass. With other
         ablation values, mediators, positions or answers of several tokens, each edge needs a pass through all layers.
         """
-        as_paths = self.to == "corrupted" and not self.mediators and not self.regions.given and isinstance(self.read, AtAnswer)
+        as_paths = self.to == "corrupted" and not self.mediators and not self.regions.given and not self.measures.by_token
         if not as_paths or (self.normed and self._projections is None):
             return super().alone(progress=progress)
         found = np.zeros((len(self.items), len(self.pairs)))
@@ -117,7 +116,7 @@ class EdgeGraph(EdgeRuns):
             done = announcing(bar, cost, lambda: self._busy)
             for some in chunks:
                 pairs = Pairs(tuple(self.pairs[index] for index in some))
-                study = cache(partial(Study.of, self.lens, parts, {}, pairs, Options(["all"], ["noising"], self.read)))
+                study = cache(partial(Study.of, self.lens, parts, {}, pairs, Options(["all"], ["noising"], self.measures)))
                 if not bar.n and progress:
                     tokens = [sum(len(self.pairs[index]) for index in chunk) for chunk in chunks]
                     passes = sum(ceil(size * count / study().rows) for size, count in product(sizes, tokens))
@@ -149,7 +148,7 @@ class EdgeGraph(EdgeRuns):
         effects = replace(study(), parts=[part]).run_block(None, progress=False)
         if not effects.finished:
             raise KeyboardInterrupt
-        for run in study().runs(tuple(range(len(some)))):
+        for run in study().runner.run(range(len(some))):
             run.found.clear()  # the changes of all edges together would take too much memory
         edges = {Edge.of(sender, receiver): number for number, (receiver, sender) in enumerate(ends)}
         places = np.array([edges[edge] for edge in effects.nodes if isinstance(edge, Edge)], dtype=np.int64)

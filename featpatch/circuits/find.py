@@ -23,13 +23,13 @@ from featpatch.effects.collector import provenance
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers
 from featpatch.metric_functions import Metric
+from featpatch.metrics import Measures, one_metric
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import TOGETHER, Node, Patch, joint
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.patches import check_apart
-from featpatch.patching.runs import readout
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import check_nodes
 
@@ -347,11 +347,11 @@ def _graph(
     seed: int | None,
 ) -> Graph:
     """Return the graph of the candidates, after checking that circuits can be found in it."""
-    read, found = readout(metric, single=True), dictionaries_if_any(lens, saes)
+    measures, found = Measures.of(one_metric(metric)), dictionaries_if_any(lens, saes)
     candidates, groups = ((), {}) if nodes is None else _candidates(lens, check_pairs(pairs), nodes, found, errors)
     graph: Graph
     if over == "nodes":
-        graph = NodeGraph(lens, pairs, to, read, candidates, found, errors, groups, reference=reference, seed=seed)
+        graph = NodeGraph(lens, pairs, to, measures, candidates, found, errors, groups, reference=reference, seed=seed)
     elif groups:
         raise FeatpatchError(
             f"{str(next(iter(groups)))!r} with over='edges': expected single nodes, because an edge ends at a node; name its "
@@ -359,7 +359,7 @@ def _graph(
         )
     else:
         mediators, regions = mediators_of(lens, candidates, found), Regions.of(positions, pairs)
-        graph = EdgeGraph(lens, pairs, to, read, mediators=mediators, regions=regions, reference=reference, seed=seed)
+        graph = EdgeGraph(lens, pairs, to, measures, mediators=mediators, regions=regions, reference=reference, seed=seed)
     graph.check()
     graph.check_gap()
     return graph

@@ -26,7 +26,6 @@ from featpatch.errors import FeatpatchError, counted
 from featpatch.files import as_path
 from featpatch.metrics import check_gap
 from featpatch.nodes import Node
-from featpatch.patching.runs import AtAnswer
 
 TOKENS_AT_ONCE = 4096
 """The largest number of tokens that go through the model together."""
@@ -160,7 +159,7 @@ class Graph(CleanRuns):
         origin = provenance(self.lens, self.pairs)
         subject = {  # by the names of the arguments of `find_circuit`, so that an error names those that differ
             **self.about(), "nodes": batch_key(map(str, self.candidates)), "to": self.to, **self.ablation.noted,
-            "metric": list(self.read.names), "pairs": origin["pairs"], "model": origin["model"],
+            "metric": list(self.measures.names), "pairs": origin["pairs"], "model": origin["model"],
         }  # fmt: skip
         baselines = [*self.whole.tolist(), *self.empty.tolist()]
         with closing(Journal.open(as_path(path), subject, baselines, TOKENS_AT_ONCE)) as journal:
@@ -261,7 +260,7 @@ class Graph(CleanRuns):
     def _weights(self, points: Sequence[Point]) -> Float[torch.Tensor, "points runs"]:
         """Return the derivative of the sum of all pairs' metrics with respect to the metric of each run, at each point."""
         values = self._zeros(len(points), len(self.runs))
-        if isinstance(self.read, AtAnswer):
+        if not self.measures.by_token:
             return torch.ones_like(values)
         if any(len(answers) > 1 for pair in self.pairs for answers in pair.answers):  # the sum of probabilities is not linear
             for some in self._groups():

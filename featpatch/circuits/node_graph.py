@@ -120,7 +120,7 @@ class NodeGraph(Graph):
         """
         if any(not _is_component(node) for node in self.items):
             return np.full(len(masks), np.nan)
-        graph = EdgeGraph(self.lens, self.pairs, self.to, self.read)
+        graph = EdgeGraph(self.lens, self.pairs, self.to, self.measures)
         senders = [edge.sender for edge in graph.items if isinstance(edge, Edge)]
         ablated = [{self.items[number] for number in np.flatnonzero(~mask)} for mask in masks]
         return graph.edge_counts(graph.pruned(np.array([[sender not in out for sender in senders] for out in ablated])))

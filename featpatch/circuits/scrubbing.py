@@ -21,12 +21,11 @@ from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.effects.statistics import interval
 from featpatch.errors import FeatpatchError, check_numbers, counted, decimal
 from featpatch.metric_functions import Metric
-from featpatch.metrics import check_gap
+from featpatch.metrics import Measures, check_gap, one_metric
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Node
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs, check_counterfactual
-from featpatch.patching.runs import readout
 
 Label = Callable[[Pair], Hashable]
 """A function that returns the property of a pair's clean prompt on which a node is said to depend."""
@@ -127,7 +126,7 @@ def scrub(
             f"the prompts have {', '.join(map(str, sorted(pairs.by_length())))} tokens: expected prompts of equal length for "
             "scrubbing; select the pairs of one length"
         )
-    graph = EdgeGraph(wrap(model), pairs, "corrupted", readout(metric, single=True))
+    graph = EdgeGraph(wrap(model), pairs, "corrupted", Measures.of(one_metric(metric)))
     if graph.normed:
         raise FeatpatchError(
             f"the heads of layer {min(graph.normed.values())} go through a norm together before they are added to the residual "
@@ -135,7 +134,7 @@ def scrub(
             "of its own, in which the norm has another scale; use fp.find_circuit"
         )
     graph.check()
-    continuations = dict.fromkeys(reading.continuation for _, reading in graph.readings)
+    continuations = dict.fromkeys(map(graph.continuation, range(len(graph.runs))))
     runs = {tokens: _Run(graph, hypothesis, np.random.default_rng(seed), tokens) for tokens in continuations}
     values, chance = np.zeros(len(pairs)), np.zeros(len(pairs))
     for _ in tqdm(range(draws), unit="draw", desc="scrubbing", disable=not progress):
@@ -154,7 +153,7 @@ def _measured(
     values = torch.zeros(len(graph.readings), dtype=torch.float64)
     for tokens, run in runs.items():
         logits = run.logits(np.arange(len(graph.pairs)), parents)
-        some = [number for number, (_, reading) in enumerate(graph.readings) if reading.continuation == tokens]
+        some = [number for number in range(len(graph.runs)) if graph.continuation(number) == tokens]
         values[some] = graph.metric_of(logits[[graph.readings[number][0] for number in some]][None], some)[0].cpu()
     result: NDArray[np.float64] = graph.combined(values).numpy()
     return result

@@ -148,12 +148,12 @@ def checked(pairs: Path, positions: str, direction: str, metric: list[str]) -> d
     Raises:
         FeatpatchError: there is no such file, it lacks a label, or an option is unusable.
     """
-    from featpatch.patching.runs import readout
+    from featpatch.metrics import Measures
 
     asked = {"positions": spans(positions), "directions": ways(direction), "metric": metrics(metric)}
     if not as_path(pairs).exists():
         raise FeatpatchError(f"--pairs {str(pairs)!r} does not exist: expected a JSON Lines file of pairs; check the path")
-    readout(asked["metric"])
+    Measures.of(asked["metric"])
     check_labels(asked["positions"], _labels(pairs))
     return asked
 

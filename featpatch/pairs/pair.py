@@ -240,20 +240,6 @@ class Pair:
             raise FeatpatchError(f"{given}: expected no answer to be both correct and wrong; remove it from one of the two")
 
 
-@dataclass(frozen=True)
-class Reading:
-    """One position at which logits are read.
-
-    Attributes:
-        continuation: tokens that follow the prompt; the logits after the last of them are read.
-        correct, wrong: token ids of the answers at that position.
-    """
-
-    continuation: tuple[int, ...]
-    correct: tuple[int, ...]
-    wrong: tuple[int, ...]
-
-
 def _checked_labels(labels: Mapping[str, Any], n: int) -> dict[str, LabelPosition]:
     """Return the labels of a prompt of `n` tokens with plain integers as positions.
 

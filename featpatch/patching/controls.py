@@ -9,11 +9,12 @@ import torch
 from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError, check_numbers, decimal
+from featpatch.metrics import Metrics
 from featpatch.nodes import DIRECTIONS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.changes import DecoderDirections, Difference, Swap, deltas_of
 from featpatch.patching.features import DictionaryPart, single_study
-from featpatch.patching.runs import Metrics, PairRuns
+from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options
 from featpatch.untrusted import visible
 

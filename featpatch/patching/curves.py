@@ -12,6 +12,7 @@ from featpatch.effects.selection import measured_effect
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted
 from featpatch.frame import Frame
+from featpatch.metrics import Metrics
 from featpatch.nodes import DIRECTIONS, EFFECTS, TOGETHER, Combine, Direction, Effect, Node, Patch, Position
 from featpatch.page.page import Plotted
 from featpatch.pairs.pair import Positions
@@ -19,7 +20,6 @@ from featpatch.pairs.pairs import Pairs
 from featpatch.patching.features import feature_study
 from featpatch.patching.joint import node_study
 from featpatch.patching.noise import Noise
-from featpatch.patching.runs import Metrics
 from featpatch.patching.sets import MOST, SetPart
 from featpatch.patching.study import Options
 from featpatch.untrusted import in_figure, visible

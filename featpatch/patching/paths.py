@@ -10,7 +10,7 @@ import torch
 from featpatch import sites
 from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
-from featpatch.metrics import SEQUENCES
+from featpatch.metrics import SEQUENCES, Measures
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Edge, Node, check_reached, check_senders
@@ -18,7 +18,7 @@ from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import Part, Swap
 from featpatch.patching.route import Receiver, Senders, receiver_of
-from featpatch.patching.runs import PairRuns, readout
+from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import dictionaries_if_any
 from featpatch.sae.nodes import check_nodes
@@ -126,7 +126,7 @@ def path_study(
     """
     check_pairs(pairs)
     sites.check_route(route)
-    readout(
+    Measures.of(
         options.metric, SEQUENCES, "for paths, because mediators are frozen in the prompt but not in an answer that follows it"
     )
     lens = wrap(model)

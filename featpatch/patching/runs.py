@@ -3,11 +3,11 @@
 If the prompts of a pair are patched label by label, only their labelled tokens are compared. These are numbered as places,
 which are the same in both runs: place i is the token `tokens[i]` of each.
 
-Most metrics are read once, at the answer position. Those of answers of several tokens are read at several (sequences.py). The
-corrupted run may also be the clean prompt with noise on the embeddings (noise.py).
+A pair has one base run for each reading of its metrics (readings.py). The corrupted run may also be the clean prompt with noise
+on the embeddings (noise.py).
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -15,16 +15,14 @@ import torch
 from jaxtyping import Int
 
 from featpatch.engine.patches import BaseRun
-from featpatch.errors import FeatpatchError, each
-from featpatch.metric_functions import Metric
-from featpatch.metrics import SEQUENCES, Measures, one_metric, together
-from featpatch.model.facts import check_tokens
+from featpatch.engine.sweep import trace_bytes
+from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens
 from featpatch.nodes import DIRECTIONS, Direction
-from featpatch.pairs.pair import Pair, Reading, Wanted, check_answers
+from featpatch.pairs.pair import Pair, Wanted
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.noise import Noise
-from featpatch.patching.sequences import ByReading, Combined, OfSequences
+from featpatch.patching.readings import continuation
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary
 
@@ -84,101 +82,6 @@ class Contrast(Protocol):
         ...
 
 
-Metrics = str | Metric | Sequence[str | Metric]
-"""A metric, by name or as a function, or several metrics."""
-
-
-@dataclass(frozen=True)
-class AtAnswer:
-    """Metrics that are read once, from the logits at the answer position.
-
-    Attributes:
-        measures: the metrics.
-    """
-
-    measures: Measures
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the metrics."""
-        return self.measures.names
-
-    def readings(self, pair: Pair) -> list[Reading]:
-        """Return a single reading, at the answer position.
-
-        Raises:
-            FeatpatchError: a metric reads one token and the pair's answers have several.
-        """
-        need = [part.name for part in self.measures.parts if part.of_answers]
-        check_answers(pair, need)
-        if need and not pair.correct:
-            raise FeatpatchError(
-                f"its answers {pair.answers} have several tokens, and {', '.join(need)} reads one: expected the metric "
-                f"{' or '.join(SEQUENCES)}, or one-token answers"
-            )
-        return [Reading((), pair.correct, pair.wrong)]
-
-    def combine(self, pair: Pair, values: ByReading) -> Combined:
-        """Return the values of the single reading unchanged."""
-        return values[0]
-
-
-Readout = AtAnswer | OfSequences
-"""A way to read one or several metrics."""
-
-
-def readings_of(read: Readout, pairs: Pairs, lens: Lens) -> dict[int, list[Reading]]:
-    """Return the readings of every pair, after checking that the model accepts its tokens.
-
-    Raises:
-        FeatpatchError: the metric does not read answers of this kind, a token is unknown, a prompt is too long, or an answer
-            would follow the prompt of a model that attends in both directions.
-    """
-    readings = dict(enumerate(each(read.readings, list(pairs))))
-    continuations = {index: [reading.continuation for reading in of_pair] for index, of_pair in readings.items()}
-    check_tokens(pairs, lens, continuations)
-    if any(any(of_pair) for of_pair in continuations.values()) and not lens.causal:
-        raise FeatpatchError(
-            f"metric {', '.join(read.names)} reads answers that follow the prompt, but {lens.name!r} has bidirectional "
-            "attention: expected a causal model, or one-token answers"
-        )
-    return readings
-
-
-def leading(metric: Metrics) -> str | Metric:
-    """Return the first of several metrics, whose table is the main one."""
-    readout(metric)
-    return metric if isinstance(metric, str) or callable(metric) else metric[0]
-
-
-def readout(metric: Metrics | Readout, refused: Collection[str] = (), use: str = "here", *, single: bool = False) -> Readout:
-    """Return how to read one metric or several together.
-
-    Args:
-        metric: the metric or metrics; a readout is returned unchanged.
-        refused, use: as in `metrics.find`.
-        single: whether only one metric is accepted.
-
-    Raises:
-        FeatpatchError: a metric is unknown, there is none, two have the same name, or sequence metrics come with others.
-    """
-    if isinstance(metric, Readout):
-        return metric
-    metric = one_metric(metric) if single else metric
-    names = [metric] if isinstance(metric, str) or callable(metric) else list(metric) if isinstance(metric, Sequence) else []
-    if not names or not all(isinstance(name, str) or callable(name) for name in names):
-        raise FeatpatchError(f"metric={metric!r}: expected at least one metric, each the name of a metric or a function")
-    whole = [name for name in names if name in SEQUENCES and name not in refused]
-    if not whole:
-        return AtAnswer(together(names, refused, use))
-    if len(whole) < len(names) or len(set(names)) < len(names):
-        raise FeatpatchError(
-            f"metric={names}: expected each name once, and metrics of answers of several tokens ({', '.join(SEQUENCES)}) on "
-            "their own, because the others read one token; rank twice"
-        )
-    return OfSequences(tuple(str(name) for name in whole))
-
-
 CLEAN_FIRST = DIRECTIONS[::-1]
 """The order of runs: clean first, because what the lens learns from the first run of a model must not come from a noisy run."""
 
@@ -228,9 +131,12 @@ def chunks(pairs: Pairs) -> Iterator[list[int]]:
     return pairs.chunks(TOKENS_AT_ONCE)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Runner:
-    """The settings with which pairs are run.
+    """Runs pairs, and keeps the runs and everything computed from them as long as there is room.
+
+    The first groups of pairs are kept, because every sweep goes through all groups in the same order; the latest group is kept
+    too.
 
     Attributes:
         lens: the model.
@@ -238,9 +144,10 @@ class Runner:
         hooks: the hook points whose activations are kept.
         layers: the layers in which patches are made.
         wanted: the positions at which nodes are patched, by pair.
-        readings: the readings of the metric, by pair.
+        readings: the readings of the metrics, by pair.
         contrast: the choice of base and source runs; None to patch each run of a pair with values of the other.
         noise: the noise on the embeddings of the clean prompts that replaces the corrupted prompts, if any.
+        room: the number of bytes that may still be kept, in addition to the latest group.
     """
 
     lens: Lens
@@ -248,13 +155,33 @@ class Runner:
     hooks: Sequence[str]
     layers: Sequence[int]
     wanted: Sequence[Wanted]
-    readings: Mapping[int, Sequence[Reading]]
+    readings: Mapping[int, Sequence[Pair]]
     contrast: Contrast | None
     noise: Noise | None
+    room: int
+    _kept: dict[tuple[int, ...], list[PairRuns]] = field(default_factory=dict, init=False)
+    _latest: tuple[int, ...] | None = field(default=None, init=False)
+
+    def run(self, some: Sequence[int]) -> list[PairRuns]:
+        """Return the runs of the clean and the corrupted prompts of some equally long pairs, from memory if they are there."""
+        group = tuple(some)
+        if group not in self._kept:
+            if self._latest is not None:
+                size = self._size(self._kept[self._latest])  # measured now, because results computed from the runs count too
+                if size > self.room:
+                    del self._kept[self._latest]
+                else:
+                    self.room -= size
+            self._latest, self._kept[group] = group, self._run(group)
+        return self._kept[group]
+
+    def _size(self, runs: Sequence[PairRuns]) -> int:
+        """Return the number of bytes of runs, with what the engine keeps of them."""
+        tokens = sum(len(base.tokens) for run in runs for bases in run.bases.values() for base in bases)
+        return held(runs) + trace_bytes(self.lens, self.layers) * tokens
 
     @torch.no_grad()
-    def run(self, some: tuple[int, ...]) -> list[PairRuns]:
-        """Run the clean and the corrupted prompts of some equally long pairs."""
+    def _run(self, some: tuple[int, ...]) -> list[PairRuns]:
         read = {direction: self._read(direction, some, (), self.hooks) for direction in CLEAN_FIRST}
         return [
             self._pair(
@@ -275,14 +202,14 @@ class Runner:
         for number, reading in enumerate(self.readings[index]):
             for direction in bases:
                 resid = entries[direction]
-                if reading.continuation:
-                    _, longer = self._read(direction, (index,), reading.continuation, [])
+                if following := continuation(reading, pair):
+                    _, longer = self._read(direction, (index,), following, [])
                     resid = {layer: values[0] for layer, values in longer.items()}
                 base = BaseRun(
                     name=f"pair {index} {direction}{f' reading {number}' if number else ''}",
-                    tokens=torch.tensor(self._prompt(direction, pair) + reading.continuation),
+                    tokens=torch.tensor(self._prompt(direction, reading)),
                     resid=resid,
-                    answer=self._answer(direction, pair) + len(reading.continuation),
+                    answer=self._answer(direction, reading),
                     correct=reading.correct,
                     wrong=reading.wrong,
                     clean=bases["noising"][number] if direction == "denoising" else None,
@@ -313,10 +240,10 @@ class Runner:
         return len(same), found, {way: Labelled(run.activations, tokens[way]) for way, run in kept.items()}
 
     def _read(
-        self, direction: Direction, some: tuple[int, ...], continuation: tuple[int, ...], hooks: Sequence[str]
+        self, direction: Direction, some: tuple[int, ...], following: tuple[int, ...], hooks: Sequence[str]
     ) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor]]:
         """Run a direction's base prompts; return activations `[pairs, pos, ...]` by hook point, and layer inputs by layer."""
-        tokens = torch.tensor([self._prompt(direction, self.pairs[index]) + continuation for index in some])
+        tokens = torch.tensor([self._prompt(direction, self.pairs[index]) + following for index in some])
         if direction == "noising" or self.noise is None:
             return self.lens.read_entering(tokens, hooks, self.layers)
         with self.noise.added(self.lens, [self.pairs[index] for index in some]):
@@ -341,42 +268,6 @@ def check_labelled(runner: Runner) -> None:
                 f"{at} is not the same place in both: expected labels, which have a place in each prompt, such as "
                 f"positions={list(pair.labels)[:2]}"
             )
-
-
-@dataclass
-class Kept:
-    """A cache of runs and of everything computed from them, limited by memory.
-
-    The first groups of pairs are kept, because every sweep goes through all groups in the same order; the latest group is kept
-    too.
-
-    Attributes:
-        run: a function that runs some pairs.
-        traced: the largest number of bytes that the engine keeps per token of a run.
-        room: the number of bytes that may still be kept, in addition to the latest group.
-    """
-
-    run: Callable[[tuple[int, ...]], list[PairRuns]]
-    traced: int
-    room: int
-    _kept: dict[tuple[int, ...], list[PairRuns]] = field(default_factory=dict, init=False)
-    _latest: tuple[int, ...] | None = field(default=None, init=False)
-
-    def __call__(self, some: tuple[int, ...]) -> list[PairRuns]:
-        """Return the runs of some pairs, from the cache if they are there."""
-        if some not in self._kept:
-            if self._latest is not None:
-                size = self._size(self._kept[self._latest])  # measured now, because results computed from the runs count too
-                if size > self.room:
-                    del self._kept[self._latest]
-                else:
-                    self.room -= size
-            self._latest, self._kept[some] = some, self.run(some)
-        return self._kept[some]
-
-    def _size(self, runs: Sequence[PairRuns]) -> int:
-        tokens = sum(len(base.tokens) for run in runs for bases in run.bases.values() for base in bases)
-        return held(runs) + self.traced * tokens
 
 
 def held(what: Any) -> int:

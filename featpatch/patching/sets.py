@@ -20,13 +20,14 @@ from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers, counted, decimal, is_integer, listed
 from featpatch.frame import Frame
+from featpatch.metrics import Metrics
 from featpatch.nodes import DIRECTIONS, EFFECTS, Combine, Direction, Effect, Node, Patch, Position, check_directions
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.changes import DecoderDirections, Difference, Swap, split_ways
 from featpatch.patching.features import DictionaryPart, feature_study
 from featpatch.patching.joint import node_study
-from featpatch.patching.runs import Metrics, PairRuns
+from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import Dictionary
 from featpatch.sae.nodes import check_nodes

@@ -1,7 +1,7 @@
 """A patching experiment, from validated arguments to the table of effects."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,31 +21,19 @@ from featpatch.engine.patches import BaseRun, Block
 from featpatch.engine.path import PatchPath, choose_path
 from featpatch.engine.ray import executor_of
 from featpatch.engine.suffix import SuffixPath
-from featpatch.engine.sweep import Sweep, announcing, free_memory, row_budget, row_bytes, trace_bytes
+from featpatch.engine.sweep import Sweep, announcing, free_memory, row_budget, row_bytes
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.files import as_path
-from featpatch.metrics import check_gap
+from featpatch.metrics import Measures, Metrics, check_gap
 from featpatch.model.lens import Lens
 from featpatch.model.transport import packed, unpacked
 from featpatch.nodes import DIRECTIONS, Combine, Direction, check_directions
-from featpatch.pairs.pair import Positions, Reading, Wanted, lengths_if_pooled, spans_of
+from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans_of
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
 from featpatch.patching.changes import Part, Swap
 from featpatch.patching.noise import Noise, over_draws
-from featpatch.patching.runs import (
-    KEPT,
-    KEPT_SHARE,
-    Contrast,
-    Kept,
-    Metrics,
-    PairRuns,
-    Readout,
-    Runner,
-    check_labelled,
-    chunks,
-    readings_of,
-    readout,
-)
+from featpatch.patching.readings import combined, readings_of
+from featpatch.patching.runs import KEPT, KEPT_SHARE, Contrast, PairRuns, Runner, check_labelled, chunks
 
 
 @dataclass(frozen=True)
@@ -54,7 +42,7 @@ class Options:
 
     positions: Positions = "all"
     directions: Sequence[Direction] = DIRECTIONS
-    metric: Metrics | Readout = "logit_diff"
+    metric: Metrics | Measures = "logit_diff"
     batch_rows: int | None = None
     noise: Noise | None = None
     combine: Combine | None = None
@@ -76,13 +64,12 @@ class Study:
         parts: the nodes that are patched.
         pairs: the clean and corrupted prompts.
         directions: the directions of patching.
-        readout: the metrics that are measured.
+        measures: the metrics that are measured.
         metadata: everything that the results depend on, and their provenance.
         path: the kind of forward pass that runs patches, chosen and checked.
         rows: the number of rows in one forward pass.
         memory: the estimated peak memory of such a pass, in bytes.
-        runner: the settings with which pairs are run.
-        runs: a cache of the runs of pairs.
+        runner: what runs the pairs.
         arguments: the other arguments of `of`, with which workers make the same study.
     """
 
@@ -90,13 +77,12 @@ class Study:
     parts: Sequence[Part]
     pairs: Pairs
     directions: tuple[Direction, ...]
-    readout: Readout
+    measures: Measures
     metadata: Mapping[str, Any]
     path: PatchPath
     rows: int
     memory: int
     runner: Runner
-    runs: Kept
     arguments: Mapping[str, Any]
 
     @classmethod
@@ -122,26 +108,26 @@ class Study:
         Raises:
             FeatpatchError: the input is unusable.
         """
-        read, noise, batch_rows = readout(options.metric), options.noise, options.batch_rows
+        measures, noise, batch_rows = Measures.of(options.metric), options.noise, options.batch_rows
         chosen = check_directions(options.directions)
         if noise is not None and not isinstance(noise, Noise):
             raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
         check_numbers(1, batch_rows=1 if batch_rows is None else batch_rows)
         alone = noise is not None or contrast is not None
         known = check_pairs(pairs, by_label=True) if alone else check_counterfactual(pairs, by_label=True)
-        readings = readings_of(read, known, lens)
+        readings = readings_of(measures, known, lens)
         wanted = spans_of(pairs, options.positions)
         if not alone and lens.causal and "nodes" not in about:  # named nodes always have rows
             _warn_of_the_unchanged(pairs, wanted)
         hooks = sorted({hook for part in parts for hook in part.hooks})
         layers = sorted({layer for part in parts for layer in part.layers})
-        runner = Runner(lens, pairs, hooks, layers, wanted, readings, contrast, noise)
+        room = min(KEPT, int(KEPT_SHARE * min(map(free_memory, lens.devices))))
+        runner = Runner(lens, pairs, hooks, layers, wanted, readings, contrast, noise, room)
         check_labelled(runner)
-        runs = Kept(runner.run, trace_bytes(lens, layers), min(KEPT, int(KEPT_SHARE * min(map(free_memory, lens.devices)))))
-        probes = _longest_and_shortest(pairs, readings, runs)
+        probes = _longest_and_shortest(runner)
         path = choose_path(lens, probes, list(dict.fromkeys(patched for part in parts for patched in part.patched)))
         columns = max(
-            len(read.measures.columns(reading.correct, reading.wrong) or range(lens.d_vocab))
+            len(measures.columns(reading.correct, reading.wrong) or range(lens.d_vocab))
             for of_pair in readings.values()
             for reading in of_pair
         )
@@ -150,9 +136,9 @@ class Study:
         memory = rows * row_bytes(lens, longest, columns)
         complete = [site for part in parts if part.complete for site in part.sites]
         about_study = {**about, **lengths_if_pooled(list(pairs), options.positions)}
-        metadata = _metadata(about_study, runner, read, chosen, options.positions, complete)
+        metadata = _metadata(about_study, runner, measures, chosen, options.positions, complete)
         arguments = {"about": about, "options": options, "contrast": contrast}
-        return cls(lens, parts, pairs, chosen, read, metadata, path, rows, memory, runner, runs, arguments)
+        return cls(lens, parts, pairs, chosen, measures, metadata, path, rows, memory, runner, arguments)
 
     def run(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
         """Run the sweep over all pairs and return the effects; after Ctrl-C, those that are finished.
@@ -170,7 +156,7 @@ class Study:
             draw = partial(self._draw, journal=journal, executor=executor, progress=progress)
             return over_draws(noise, draw, self.metadata)
         survey = self._survey()
-        for name, of_clean, of_corrupted in zip(self.readout.names, survey[0].T, survey[1].T, strict=True):
+        for name, of_clean, of_corrupted in zip(self.measures.names, survey[0].T, survey[1].T, strict=True):
             if self.metadata["unit"] == "gap":
                 check_gap(name, of_clean, of_corrupted)
         return self._swept(survey, journal, executor, progress=progress)
@@ -202,14 +188,14 @@ class Study:
     def _collected(self, survey: Survey, metadata: dict[str, Any], book: Book | None, *, progress: bool) -> Effects:
         """Run the batches that the book lacks and collect the values of all; after Ctrl-C, of those that are finished."""
         clean, corrupted, patches = survey
-        collector = Collector(self.readout.names)
+        collector = Collector(self.measures.names)
         finished: list[int] = []
         begun: list[int] = []
         try:
             with tqdm(
                 total=patches * len(self.directions), unit="patch", desc="patching", disable=not progress, smoothing=0
             ) as bar:
-                sweep = Sweep(self.path, self.readout.measures, book.rows if book else self.rows, book, announcing(bar))
+                sweep = Sweep(self.path, self.measures, book.rows if book else self.rows, book, announcing(bar))
                 for begun in chunks(self.pairs):
                     for part in self.parts:
                         self._patch(sweep, begun, part, collector)
@@ -233,7 +219,7 @@ class Study:
     def work(self) -> Iterator[tuple[list[Swap], list[Block]]]:
         """Yield the swaps and their patches, for each part of each group of pairs that run together."""
         for together in chunks(self.pairs):
-            runs = self.runs(tuple(together))
+            runs = self.runner.run(together)
             for part in self.parts:
                 swaps = part.swaps(runs)
                 yield [swap for of_pair in swaps for swap in of_pair], list(self._blocks(runs, swaps).values())
@@ -260,10 +246,10 @@ class Study:
         """Divide the study into shards: each is one part of it for one group of pairs that run together."""
 
         def blocks(together: list[int], part: Part) -> list[Block]:
-            runs = self.runs(tuple(together))
+            runs = self.runner.run(together)
             return list(self._blocks(runs, part.swaps(runs)).values())
 
-        sweep = Sweep(self.path, self.readout.measures, self.rows)
+        sweep = Sweep(self.path, self.measures, self.rows)
         return Shards(sweep, [partial(blocks, together, part) for together in chunks(self.pairs) for part in self.parts])
 
     def _blocks(self, runs: list[PairRuns], swaps: list[list[Swap]]) -> dict[tuple[Direction, int, int, int], Block]:
@@ -280,7 +266,7 @@ class Study:
         """Run all patches of a part for some pairs; values that an interruption leaves out stay NaN."""
         runs = self._prepared(together)
         swaps = part.swaps(runs)
-        blocks, metrics = self._blocks(runs, swaps), len(self.readout.measures.parts)
+        blocks, metrics = self._blocks(runs, swaps), len(self.measures.parts)
         values = {key: torch.full((len(block), metrics), torch.nan, dtype=torch.float64) for key, block in blocks.items()}
         try:
             sweep.fill(list(blocks.values()), list(values.values()))
@@ -296,18 +282,18 @@ class Study:
 
     def _prepared(self, together: list[int]) -> list[PairRuns]:
         """Run some pairs and prepare them for the engine, always together, so that rounding is the same each time."""
-        runs = self.runs(tuple(together))
+        runs = self.runner.run(together)
         self.path.prepare([base for direction in DIRECTIONS for run in runs for base in run.bases[direction]])
         return runs
 
     def _combined(self, pair: int, values: torch.Tensor) -> NDArray[np.float64]:
-        return self.readout.combine(self.pairs[pair], values).numpy()
+        return combined(self.measures, self.pairs[pair], values).numpy()
 
     def _survey(self) -> Survey:
         """Measure the metrics of clean and of corrupted runs, and count the patches; see `Survey`."""
-        sweep = Sweep(self.path, self.readout.measures, self.rows)
+        sweep = Sweep(self.path, self.measures, self.rows)
         base: dict[Direction, NDArray[np.float64]]
-        base = {direction: np.zeros((len(self.pairs), len(self.readout.names))) for direction in DIRECTIONS}
+        base = {direction: np.zeros((len(self.pairs), len(self.measures.names))) for direction in DIRECTIONS}
         patches = 0
         for group in chunks(self.pairs):
             prepared = self._prepared(group)
@@ -334,7 +320,7 @@ def _in_worker(arguments: bytes) -> Shards:
     """
     lens, parts, pairs, others = unpacked(arguments)
     study = Study.of(lens, parts, pairs=pairs, **others)
-    study.runs.room = 0
+    study.runner.room = 0
     return study.shards()
 
 
@@ -355,15 +341,15 @@ def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
 def _metadata(
     about: Mapping[str, Any],
     runner: Runner,
-    read: Readout,
+    measures: Measures,
     directions: Sequence[Direction],
     positions: Positions,
     complete: Sequence[str],
 ) -> dict[str, Any]:
     """Return everything that the results depend on, and their provenance."""
     return {
-        "metric": read.names[0],
-        "metrics": list(read.names),
+        "metric": measures.names[0],
+        "metrics": list(measures.names),
         "directions": sorted(directions),
         **measured_places(runner.lens, runner.pairs, positions, runner.wanted, complete),
         **provenance(runner.lens, runner.pairs),
@@ -375,15 +361,12 @@ def _metadata(
     }
 
 
-def _longest_and_shortest(
-    pairs: Pairs, readings: Mapping[int, Sequence[Reading]], runs: Callable[[tuple[int, ...]], list[PairRuns]]
-) -> list[BaseRun]:
+def _longest_and_shortest(runner: Runner) -> list[BaseRun]:
     """Return the base runs with the most and with the fewest tokens, or a single one if the numbers are equal."""
-    groups = list(chunks(pairs))
-    behind = [max((len(reading.continuation) for reading in readings[index]), default=0) for index in range(len(pairs))]
-    longest = max(groups, key=lambda group: max(max(pairs[index].lengths) + behind[index] for index in group))
-    shortest = min(groups, key=lambda group: min(pairs[group[0]].lengths))
-    some = [run for group in (longest, shortest) for run in runs(tuple(group))]
+    groups = list(chunks(runner.pairs))
+    longest = max(groups, key=lambda group: max(max(each.lengths) for index in group for each in runner.readings[index]))
+    shortest = min(groups, key=lambda group: min(runner.pairs[group[0]].lengths))
+    some = [run for group in (longest, shortest) for run in runner.run(group)]
     bases = [base for run in some for direction in DIRECTIONS for base in run.bases[direction]]
     by_length = {len(run.tokens): run for run in reversed(bases)}
     return [by_length[length] for length in dict.fromkeys((max(by_length), min(by_length)))]

@@ -19,12 +19,13 @@ from featpatch.attribution.features import FeatureEstimator
 from featpatch.attribution.gradients import METHODS, STEPPED, PairGradients
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
+from featpatch.metrics import Metrics
 from featpatch.model.transformer_lens import wrap
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.ablation import Ablation, To, ablated_parts, ablation
 from featpatch.patching.changes import Part
-from featpatch.patching.runs import Metrics, Run
+from featpatch.patching.runs import Run
 from featpatch.patching.study import Options, Study
 from featpatch.ranking.rank import METRIC, Method, gradients_of
 from featpatch.sae.dictionary import Dictionary

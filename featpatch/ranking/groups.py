@@ -23,11 +23,11 @@ from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted, is_number
 from featpatch.frame import Frame, text
+from featpatch.metrics import Metrics
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import DIRECTIONS, Combine, Direction, Effect, Node, Patch
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.runs import Metrics
 from featpatch.ranking.nodes import rank_nodes
 from featpatch.ranking.similarity import (
     activation_profiles,

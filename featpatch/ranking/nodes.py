@@ -9,6 +9,7 @@ import numpy as np
 
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
+from featpatch.metrics import Metrics
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import DIRECTIONS, Combine, Direction, Node
 from featpatch.pairs.pairs import Pairs, check_pairs
@@ -16,7 +17,7 @@ from featpatch.patching.ablation import To, ablation
 from featpatch.patching.changes import Part
 from featpatch.patching.joint import node_study
 from featpatch.patching.noise import Noise
-from featpatch.patching.runs import Contrast, Metrics
+from featpatch.patching.runs import Contrast
 from featpatch.patching.study import Options
 
 

@@ -10,13 +10,13 @@ import numpy as np
 from featpatch.attribution.features import estimation_time
 from featpatch.engine.sweep import Sweep
 from featpatch.errors import FeatpatchError
+from featpatch.metrics import Metrics, leading
 from featpatch.nodes import DIRECTIONS, RANKED, Direction, Node
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.paths import Nodes, path_study
-from featpatch.patching.runs import Metrics, leading
 from featpatch.patching.study import Options
 from featpatch.sites import DEFAULT_COMPONENTS, Route
 
@@ -132,7 +132,7 @@ def plan(
         study = component_study(model, some, DEFAULT_COMPONENTS if sites is None else sites, layers, options)
     else:
         study, _ = feature_study(model, saes, some, options)
-    sweep = Sweep(study.path, study.readout.measures, study.rows)
+    sweep = Sweep(study.path, study.measures, study.rows)
     counts, tried, seconds = np.zeros(3), 0, 0.0
     nodes: Counter[Node] = Counter()
     for swaps, blocks in study.work():

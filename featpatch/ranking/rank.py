@@ -14,7 +14,7 @@ from featpatch.attribution.gradients import METHODS, Gradients, check_gradient, 
 from featpatch.attribution.paths import estimate_paths
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, counted
-from featpatch.metrics import find, one_metric
+from featpatch.metrics import Metrics, find, leading, one_metric
 from featpatch.nodes import DIRECTIONS, Combine, Direction, Edge, Node
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
@@ -22,7 +22,6 @@ from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.noise import Noise
 from featpatch.patching.paths import Nodes, path_study
-from featpatch.patching.runs import Metrics, leading
 from featpatch.patching.study import Options, Study
 from featpatch.ranking.screen import Screen, screened
 from featpatch.sites import DEFAULT_COMPONENTS, Route

@@ -25,11 +25,11 @@ from featpatch.descriptions import read_features
 from featpatch.effects.audit import Array
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
+from featpatch.metrics import Metrics, leading
 from featpatch.model.lens import Lens
 from featpatch.nodes import Combine, Direction, Node
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.runs import Metrics, leading
 from featpatch.sae.dictionary import Dictionary
 
 

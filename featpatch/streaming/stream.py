@@ -12,11 +12,11 @@ from featpatch.engine.executor import Executor
 from featpatch.engine.ray import executor_of
 from featpatch.errors import FeatpatchError, counted, errors_about
 from featpatch.files import as_path, check_writable, lock, writing
+from featpatch.metrics import Metrics
 from featpatch.nodes import DIRECTIONS, Direction
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.features import feature_study
-from featpatch.patching.runs import Metrics
 from featpatch.patching.study import Options, Study
 from featpatch.streaming.stored import FORMAT, Stored, digests_of, write
 

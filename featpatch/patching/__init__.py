@@ -28,5 +28,5 @@ What happens between `fp.rank_features` and a number, in the order of the formul
 
 Other nodes to patch (heads, paths, sets, random controls) are another `Part` of such a study. Other values to patch in
 (ablation) are chosen by a `Contrast` (runs.py); embeddings with `Noise` (noise.py) are another corrupted run.
-Metrics of answers of several tokens have several readings (readings.py).
+Metrics of answers of several tokens have several readings (runs.py).
 """

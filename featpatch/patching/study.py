@@ -32,8 +32,7 @@ from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans_of
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
 from featpatch.patching.changes import Part, Swap
 from featpatch.patching.noise import Noise, over_draws
-from featpatch.patching.readings import combined, readings_of
-from featpatch.patching.runs import KEPT, KEPT_SHARE, Contrast, PairRuns, Runner, check_labelled, chunks
+from featpatch.patching.runs import KEPT, KEPT_SHARE, Contrast, PairRuns, Runner, check_labelled, chunks, combined, readings_of
 
 
 @dataclass(frozen=True)

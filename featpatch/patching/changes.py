@@ -39,6 +39,7 @@ class Difference:
     """The features of one dictionary that differ between the runs of one pair, and the changes that they make.
 
     Attributes:
+        dictionary: the dictionary.
         position, feature: the positions and features that differ, one entry each, sorted by feature, then by position.
         value: how much of its feature's direction each entry adds.
         moved: the change that each entry makes alone, `[entries, d_out]`, if features have no fixed direction; otherwise None.
@@ -46,6 +47,7 @@ class Difference:
             token.
     """
 
+    dictionary: Dictionary
     position: Int[torch.Tensor, " entries"]
     feature: Int[torch.Tensor, " entries"]
     value: Mapping[Direction, Float[torch.Tensor, " entries"]]
@@ -64,6 +66,7 @@ class Difference:
             values = {way: value * dictionary.gains(splits[way][0])[position] for way, value in values.items()}
         linear = dictionary.behaviour.linear
         return cls(
+            dictionary=dictionary,
             position=position.cpu() + first,
             feature=feature.cpu(),
             value=values,
@@ -86,6 +89,35 @@ class Difference:
     def at(self, span: list[int]) -> torch.Tensor:
         """Return the indices of the entries at these positions."""
         return torch.isin(self.position, torch.tensor(span, dtype=torch.long)).nonzero()[:, 0]
+
+    @cached_property
+    def directions(
+        self,
+    ) -> tuple[Float[torch.Tensor, "n d_out"], Int[torch.Tensor, " entries"], Bool[torch.Tensor, " entries"]]:
+        """The decoder directions of the features that differ, the row of each entry's, and a mask of those that are not 0."""
+        features, row = self.feature.unique(return_inverse=True)
+        directions = self.dictionary.directions(features)
+        return directions, row, (directions != 0).any(1).cpu()[row]
+
+    def deltas(self, entries: torch.Tensor, patch: torch.Tensor, patches: int) -> dict[Direction, Deltas]:
+        """Return the deltas that some entries make, except those that add nothing because their direction is zero.
+
+        Args:
+            entries: the indices of the entries.
+            patch: the number of the patch that each entry belongs to, ascending.
+            patches: the number of patches.
+        """
+        where = self.position[entries]
+        if self.moved is not None:
+            moved = {way: of_way[entries.to(of_way.device)] for way, of_way in self.moved.items()}
+            return {way: Deltas.explicit(patch, where, values, patches) for way, values in moved.items()}
+        directions, row, moving = self.directions
+        some = moving[entries]
+        patch, where, entries = patch[some], where[some], entries[some]
+        return {
+            way: Deltas(patches, patch, where, row[entries], value[entries.to(value.device)], directions)
+            for way, value in self.value.items()
+        }
 
 
 def split_ways(dictionary: Dictionary, ways: Ways, first: int) -> dict[Direction, tuple[Split, Split]]:
@@ -118,33 +150,6 @@ def _each_way(first: int, splits: Splits, change: Callable[[Split, Split], torch
             found = change(base, source)[0]
             changes[way] = torch.cat([found.new_zeros(first, found.shape[1]), found])
     return changes
-
-
-@dataclass(frozen=True)
-class DecoderDirections:
-    """Decoder directions of some features, computed once for all pairs that run together.
-
-    Attributes:
-        features: the features, ascending.
-        values: the direction of each feature.
-        moving: mask of the features whose direction is not 0.
-    """
-
-    features: Int[torch.Tensor, " n"]
-    values: Float[torch.Tensor, "n d_out"]
-    moving: Bool[torch.Tensor, " n"]
-
-    @classmethod
-    def of(cls, dictionary: Dictionary, differences: Sequence[Difference]) -> "DecoderDirections":
-        """Compute the directions of all features that differ in any of the differences."""
-        along = [difference.feature for difference in differences if difference.moved is None]
-        features = torch.cat([torch.zeros(0, dtype=torch.long), *along]).unique()
-        values = dictionary.directions(features)
-        return cls(features, values, (values != 0).any(1).cpu())
-
-    def rows(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the rows of `values` that hold the directions of these features."""
-        return torch.searchsorted(self.features, features)
 
 
 @dataclass(frozen=True)
@@ -201,16 +206,9 @@ Naming = Callable[[int, Position], Node]
 """A function that returns the node of a feature at a requested position."""
 
 
-def feature_swaps(
-    dictionary: Dictionary,
-    difference: Difference,
-    wanted: Wanted,
-    directions: DecoderDirections,
-    naming: Naming,
-    combine: Combine = "add",
-) -> list[Swap]:
+def feature_swaps(difference: Difference, wanted: Wanted, naming: Naming, combine: Combine = "add") -> list[Swap]:
     """Return the swaps in which each feature that differs is patched alone, by requested position and group of features."""
-    swaps = []
+    swaps, dictionary = [], difference.dictionary
     for position, span in wanted.items():
         at_position = difference.at(span)
         group_of = difference.feature[at_position] // dictionary.per_group
@@ -218,7 +216,7 @@ def feature_swaps(
             entries = at_position[group_of == group]
             indices, patch = difference.feature[entries].unique(return_inverse=True)
             nodes = tuple(naming(feature, position) for feature in indices.tolist())
-            deltas = deltas_of(difference, entries, patch, directions, len(nodes))
+            deltas = difference.deltas(entries, patch, len(nodes))
             swaps.append(Swap(nodes, _by_output(dictionary, deltas, group), combine=combine))
     return swaps
 
@@ -229,45 +227,6 @@ def _by_output(dictionary: Dictionary, deltas: Mapping[Direction, Deltas], group
     return {
         site: {way: replace(of_way, directions=parts[way][site]) for way, of_way in deltas.items()}
         for site in dictionary.outputs[group:]
-    }
-
-
-def deltas_of(
-    difference: Difference, entries: torch.Tensor, patch: torch.Tensor, directions: DecoderDirections, patches: int
-) -> dict[Direction, Deltas]:
-    """Return the deltas that entries of a difference make.
-
-    Args:
-        difference: the difference.
-        entries: indices of entries of the difference.
-        patch: the number of the patch that each entry belongs to, ascending.
-        directions: the directions of the features.
-        patches: the number of patches.
-    """
-    if difference.moved is None:
-        return _along(difference, entries, patch, directions, patches)
-    where = difference.position[entries]
-    return {
-        way: Deltas.explicit(patch, where, moved[entries.to(moved.device)], patches) for way, moved in difference.moved.items()
-    }
-
-
-def _along(
-    difference: Difference, entries: torch.Tensor, patch: torch.Tensor, directions: DecoderDirections, patches: int
-) -> dict[Direction, Deltas]:
-    """Return the deltas as multiples of the features' directions."""
-    moving = directions.moving[directions.rows(difference.feature[entries])]
-    entries = entries[moving]
-    return {
-        way: Deltas(
-            patches=patches,
-            patch=patch[moving],
-            position=difference.position[entries],
-            direction=directions.rows(difference.feature[entries]),
-            coefficient=value[entries.to(value.device)],
-            directions=directions.values,
-        )
-        for way, value in difference.value.items()
     }
 
 

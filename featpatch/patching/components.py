@@ -20,7 +20,7 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Direction, Node, Position
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.changes import DecoderDirections, Part, Swap, count_whole, feature_swaps, whole_change, whole_swaps
+from featpatch.patching.changes import Part, Swap, count_whole, feature_swaps, whole_change, whole_swaps
 from featpatch.patching.features import DictionaryPart
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
@@ -261,12 +261,7 @@ class NeuronPart(DictionaryPart):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair, one per requested position."""
-        found = [self.difference(run) for run in runs]
-        directions = DecoderDirections.of(self.dictionary, found)
-        return [
-            feature_swaps(self.dictionary, difference, run.wanted, directions, self._naming)
-            for run, difference in zip(runs, found, strict=True)
-        ]
+        return [feature_swaps(self.difference(run), run.wanted, self._naming) for run in runs]
 
     def count(self, run: PairRuns) -> int:
         """Return the number of neurons and requested positions at which the runs differ."""

@@ -12,7 +12,7 @@ from featpatch.errors import FeatpatchError, check_numbers, decimal
 from featpatch.metrics import Metrics
 from featpatch.nodes import DIRECTIONS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import DecoderDirections, Difference, Swap, deltas_of
+from featpatch.patching.changes import Difference, Swap
 from featpatch.patching.features import DictionaryPart, single_study
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options
@@ -142,15 +142,13 @@ class RandomPart(DictionaryPart):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair in which the feature differs, and none for other pairs."""
-        found = [self.difference(run) for run in runs]
-        directions = DecoderDirections.of(self.dictionary, found)
-        units = self._units(directions.values)
-        return [self._of_pair(run, difference, directions, units) for run, difference in zip(runs, found, strict=True)]
+        units = self._units(next(iter(self.difference(runs[0]).value.values())))
+        return [self._of_pair(run, self.difference(run), units) for run in runs]
 
-    def _of_pair(self, run: PairRuns, difference: Difference, directions: DecoderDirections, units: torch.Tensor) -> list[Swap]:
+    def _of_pair(self, run: PairRuns, difference: Difference, units: torch.Tensor) -> list[Swap]:
         entries = difference.at(run.wanted[self.position])
         entries = entries[difference.feature[entries] == self.feature]
-        own = deltas_of(difference, entries, torch.zeros_like(entries), directions, 1)
+        own = difference.deltas(entries, torch.zeros_like(entries), 1)
         if not all(len(moves.patch) for moves in own.values()):
             return []
         site, count = self.dictionary.writes, len(entries)

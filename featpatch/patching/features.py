@@ -12,7 +12,6 @@ from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import (
     Change,
-    DecoderDirections,
     Difference,
     Part,
     Swap,
@@ -70,8 +69,7 @@ class FeaturePart(Part):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair: features, all features and error by dictionary, then the whole activations."""
-        probed = {d.name: DecoderDirections.of(d, [self._differences(run)[d.name] for run in runs]) for d in self.dictionaries}
-        each = [self._of_pair(run, probed) for run in runs]
+        each = [self._of_pair(run) for run in runs]
         return each if self.only is None else [[swap.keep(self.only) for swap in of_pair] for of_pair in each]
 
     def count(self, run: PairRuns) -> int:
@@ -83,12 +81,11 @@ class FeaturePart(Part):
             total += sum(len(difference.feature[difference.at(span)].unique()) for span in run.wanted.values())
         return total
 
-    def _of_pair(self, run: PairRuns, probed: dict[str, DecoderDirections]) -> list[Swap]:
+    def _of_pair(self, run: PairRuns) -> list[Swap]:
         swaps: list[Swap] = []
         for dictionary in self.dictionaries:
-            found, directions = self._differences(run)[dictionary.name], probed[dictionary.name]
-            combine = self._meaning(dictionary)
-            swaps += feature_swaps(dictionary, found, run.wanted, directions, dictionary.node, combine)
+            found = self._differences(run)[dictionary.name]
+            swaps += feature_swaps(found, run.wanted, dictionary.node, self._meaning(dictionary))
         return swaps + [
             whole_swaps(site, kind, changes, run.wanted, sae, combine) for site, kind, changes, sae, combine in self._whole(run)
         ]

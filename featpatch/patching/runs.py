@@ -279,12 +279,12 @@ def check_labelled(runner: Runner) -> None:
 
 
 def held(what: Any) -> int:
-    """Return the bytes of all tensors in nested dataclasses and containers."""
+    """Return the bytes of all tensors in nested dataclasses and containers, without those of dictionaries, which runs share."""
     if isinstance(what, torch.Tensor):
         return what.nbytes
     if isinstance(what, Mapping):
         what = what.values()
-    elif is_dataclass(what):
+    elif is_dataclass(what) and not isinstance(what, Dictionary):
         what = vars(what).values()
     elif not isinstance(what, (list, tuple)):
         return 0

@@ -107,7 +107,7 @@ def test_deltas_are_cut_and_selected() -> None:
         patches=4, patch=torch.tensor([0, 0, 2, 3]), position=torch.tensor([4, 2, 5, 1]), direction=torch.tensor([0, 0, 1, 1]),
         coefficient=torch.tensor([1.0, 2.0, 3.0, 4.0]), directions=torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
     )  # fmt: skip
-    assert deltas.first().tolist() == [2, torch.iinfo(torch.int64).max, 5, 1]
+    assert deltas.first.tolist() == [2, torch.iinfo(torch.int64).max, 5, 1]
     some = deltas.select(torch.tensor([0, 3]))
     assert (some.patch.tolist(), some.position.tolist(), some.patches) == ([0, 0, 1], [4, 2, 1], 2)
     assert some.values().tolist() == [[1, 0], [2, 0], [0, 4]]
@@ -514,8 +514,8 @@ def test_batches_are_full_and_fit(small: Small, room: int) -> None:
     ((_, blocks),) = study.work()
     units = Sweep(study.path, study.measures, study.rows).units(blocks)
     made = list(batches(study.path, units, room))
-    found = sorted((unit.index, int(patch)) for batch in made for unit in batch for patch in unit.patches)
-    assert found == sorted((unit.index, int(patch)) for unit in units for patch in unit.patches)
+    found = sorted((id(unit.deltas), int(patch)) for batch in made for unit in batch for patch in unit.patches)
+    assert found == sorted((id(unit.deltas), int(patch)) for unit in units for patch in unit.patches)
     sizes = [[(study.path.rows(unit), len(unit.patches)) for unit in batch] for batch in made]
     for size, following in zip(sizes, [*sizes[1:], None], strict=True):
         used = sum(rows * patches for rows, patches in size)

@@ -222,7 +222,7 @@ def test_controls_that_reach_the_feature_count() -> None:
 def test_sets_that_change_nothing_are_not_run() -> None:
     changes = torch.zeros(3, 2, 4)
     changes[1, 1, 2] = -1
-    assert sets._deltas(changes, torch.tensor([4, 6])).first().tolist() == [NEVER, 6, NEVER]
+    assert sets._deltas(changes, torch.tensor([4, 6])).first.tolist() == [NEVER, 6, NEVER]
 
 
 def test_errors(small: Small) -> None:

@@ -77,17 +77,18 @@ def drawn(model: Any, run: BaseRun, names: Sequence[str], combine: Any, seed: in
         patch, position = torch.tensor(rows).T
         values = torch.randn(len(rows), width, generator=generator, dtype=torch.float64)
         deltas[name] = Deltas.explicit(patch, position, values, PATCHES)
-    return Block(" ".join(names), run, deltas, combine)
+    return Block(" ".join(names), run, deltas, torch.arange(PATCHES), combine)
 
 
 def logits_of(path: PatchPath, blocks: Sequence[Block]) -> dict[tuple[int, int], torch.Tensor]:
     """The logits of every patch, by block and patch, with all units of a group in one batch."""
     found: dict[tuple[int, int], torch.Tensor] = {}
-    units = sorted(units_of(blocks, causal=path.lens.causal), key=lambda unit: str(path.group(unit.block)))
-    for _, group in groupby(units, key=lambda unit: path.group(unit.block)):
+    units = sorted(units_of(blocks, causal=path.lens.causal), key=lambda unit: str(path.group(unit)))
+    for _, group in groupby(units, key=path.group):
         together = list(group)
         for unit, logits in zip(together, path.logits(together, [None] * len(together)), strict=True):
-            found.update({(unit.index, int(patch)): row for patch, row in zip(unit.patches, logits, strict=True)})
+            (index,) = (number for number, block in enumerate(blocks) if block.deltas is unit.deltas)
+            found.update({(index, int(patch)): row for patch, row in zip(unit.patches, logits, strict=True)})
     return found
 
 
@@ -136,6 +137,6 @@ def test_the_two_meanings_differ() -> None:
     path = choose_path(wrap(model), [run], [(tuple(hooks), "set")])
     one, other = (logits_of(path, [block]) for block in (added, put))
     assert float((one[0, 1] - other[0, 1]).detach().abs().max()) > 1e-3
-    alone = Block("alone", run, {hooks[1]: put.deltas[hooks[1]]})
+    alone = Block("alone", run, {hooks[1]: put.deltas[hooks[1]]}, put.patches)
     assert torch.allclose(logits_of(path, [alone])[0, 0], other[0, 0], atol=EXACT), "without a change below they agree"
     assert layer_of(hooks[0]) == 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from featpatch import sites
-from featpatch.engine.patches import Unit
+from featpatch.engine.patches import Block
 from featpatch.model.layer import Layer, Stack
 from featpatch.model.lens import Lens
 
@@ -63,7 +63,7 @@ def pass_flops(
     return 2 * adds
 
 
-def suffix_flops(stack: Stack, start: int, kind: str, unit: Unit, columns: int) -> int:
+def suffix_flops(stack: Stack, start: int, kind: str, unit: Block, columns: int) -> int:
     """Return the operations of the fast pass for a unit of patches.
 
     Args:
@@ -71,26 +71,26 @@ def suffix_flops(stack: Stack, start: int, kind: str, unit: Unit, columns: int) 
         kind: the place in that layer at which it enters, see `sites.ENTRIES`.
         columns: the number of logits that are read.
     """
-    answer = unit.block.run.answer
+    answer = unit.run.answer
     return pass_flops(
         [_size(layer) for layer in stack.layers],
         start,
         kind,
-        patches=len(unit.patches),
-        changed=max(len(unit.deltas(site).upto(answer).patch) for site in unit.block.deltas),
+        patches=len(unit),
+        changed=max(len(unit.of(site).upto(answer).patch) for site in unit.deltas),
         length=answer - unit.first + 1,
         answer=answer,
         logits=columns * stack.head.weight.shape[0],
     )
 
 
-def plain_flops(lens: Lens, unit: Unit) -> int:
+def plain_flops(lens: Lens, unit: Block) -> int:
     """Return the operations of the model's own forward pass for a unit.
 
     Every weight matrix counts from the layer of the lowest hook point on, at every position.
     """
-    weights = (lens.n_layers - min(map(sites.layer_of, unit.block.deltas))) * lens.weights_per_block
-    return 2 * len(unit.patches) * (weights * len(unit.block.run.tokens) + lens.d_vocab * lens.d_model)
+    weights = (lens.n_layers - min(map(sites.layer_of, unit.deltas))) * lens.weights_per_block
+    return 2 * len(unit) * (weights * len(unit.run.tokens) + lens.d_vocab * lens.d_model)
 
 
 def _size(layer: Layer) -> BlockSize:

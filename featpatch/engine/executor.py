@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 
-from featpatch.engine.patches import Block, Unit
+from featpatch.engine.patches import Block
 from featpatch.engine.sweep import Sweep
 
 
@@ -36,7 +36,7 @@ class Shards:
 
     sweep: Sweep
     blocks: Sequence[Callable[[], list[Block]]]
-    _latest: tuple[int, dict[str, list[Unit]]] = field(default=(-1, {}), init=False)
+    _latest: tuple[int, dict[str, list[Block]]] = field(default=(-1, {}), init=False)
 
     def __len__(self) -> int:
         """Return the number of shards."""
@@ -44,7 +44,7 @@ class Shards:
 
     def batches(self, shard: int) -> list[Batch]:
         """Return the batches of a shard, always in the same order."""
-        return [Batch(key, sum(len(unit.patches) for unit in batch)) for key, batch in self._batches(shard).items()]
+        return [Batch(key, sum(map(len, batch))) for key, batch in self._batches(shard).items()]
 
     def run(self, shard: int, key: str) -> Float[torch.Tensor, " values"] | None:
         """Run a batch of a shard in one forward pass, or in several if memory is short, and return its values in float64.
@@ -55,7 +55,7 @@ class Shards:
         batch = self._batches(shard).get(key)
         return None if batch is None else self.sweep.run(batch).flatten()
 
-    def _batches(self, shard: int) -> dict[str, list[Unit]]:
+    def _batches(self, shard: int) -> dict[str, list[Block]]:
         """Return the batches of a shard by key; those of the latest shard are kept."""
         if self._latest[0] != shard:
             self._latest = shard, self.sweep.batches(self.blocks[shard]())

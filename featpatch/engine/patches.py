@@ -59,8 +59,9 @@ class Deltas:
         ones = torch.ones(len(values), dtype=values.dtype, device=values.device)
         return cls(patches, patch, position, torch.arange(len(values)), ones, values)
 
+    @cached_property
     def first(self) -> Int[torch.Tensor, " patches"]:
-        """Return the first position that each patch changes, or NEVER."""
+        """The first position that each patch changes, or NEVER."""
         return torch.full((self.patches,), NEVER).scatter_reduce(0, self.patch, self.position, "amin")
 
     def select(self, patches: Int[torch.Tensor, " some"]) -> "Deltas":
@@ -133,57 +134,48 @@ class BaseRun:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A block of patches, all of one base run and at the same hook points (not a transformer layer).
+    """Patches of one base run at the same hook points (not a transformer layer).
 
     Attributes:
-        name: a description of the patches that is unique within the base run.
+        name: a description of the patches of `deltas` that is unique within the base run.
         run: the base run.
         deltas: by hook point, one change per patch, as wide as the flat activation; the changes of a patch at one position
             of a hook point are a single row.
+        patches: the numbers of the patches in this block among those of `deltas`, in ascending order.
         combine: what a patch at several hook points means, see above.
     """
 
     name: str
     run: BaseRun
     deltas: Mapping[str, Deltas]
+    patches: Int[torch.Tensor, " patches"]
     combine: Combine = "add"
 
     def __len__(self) -> int:
-        return len(next(iter(self.deltas.values())))
+        return len(self.patches)
 
-    def first(self) -> Int[torch.Tensor, " patches"]:
-        """Return the first position that each patch changes at any hook point, or NEVER."""
-        return reduce(torch.minimum, (deltas.first() for deltas in self.deltas.values()))
+    def part(self, some: "torch.Tensor | slice") -> "Block":
+        """Return the block with some of its patches."""
+        return replace(self, patches=self.patches[some])
 
-
-@dataclass(frozen=True)
-class Unit:
-    """Patches of one block that change nothing before the same position.
-
-    Attributes:
-        index: the index of the block.
-        block: the block.
-        patches: indices of the patches within the block, in ascending order.
-        first: the first position that any of them changes.
-    """
-
-    index: int
-    block: Block
-    patches: Int[torch.Tensor, " patches"]
-    first: int
-
-    def part(self, start: int, stop: int) -> "Unit":
-        """Return the unit with the patches from `start` to `stop` alone."""
-        return Unit(self.index, self.block, self.patches[start:stop], self.first)
-
-    def deltas(self, site: str) -> Deltas:
-        """Return the changes that the patches of the unit make at a hook point of the block."""
-        return self.block.deltas[site].select(self.patches)
+    def of(self, site: str) -> Deltas:
+        """Return the changes that the patches of the block make at a hook point."""
+        return self.deltas[site].select(self.patches)
 
     @property
-    def name(self) -> str:
-        """A description of what the unit computes, unique within a sweep."""
-        return f"{self.block.run.name}|{self.block.name}|{self.patches.tolist()}"
+    def starts(self) -> Int[torch.Tensor, " patches"]:
+        """The first position that each patch changes at any hook point, or NEVER."""
+        return reduce(torch.minimum, (deltas.first for deltas in self.deltas.values()))[self.patches]
+
+    @cached_property
+    def first(self) -> int:
+        """The first position that any patch changes."""
+        return int(self.starts.min())
+
+    @property
+    def key(self) -> str:
+        """A description of what the block computes, unique within a sweep."""
+        return f"{self.run.name}|{self.name}|{self.patches.tolist()}"
 
 
 Entry = tuple[int, str]
@@ -205,29 +197,29 @@ Changes = dict[tuple[str, Combine], tuple[Int[torch.Tensor, " rows"], Float[torc
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """The rows of a batch of units: unit by unit, patch by patch, position by position from the first changed to the answer.
+    """The rows of a batch: unit by unit, patch by patch, position by position from the first changed one to the answer.
 
     Row numbers are on the CPU.
 
     Attributes:
-        units: the units.
+        units: the blocks of the batch, each with patches that change nothing before the same position.
         traces: the traces of their base runs.
     """
 
-    units: Sequence[Unit]
+    units: Sequence[Block]
     traces: Mapping[BaseRun, Trace]
 
     @cached_property
     def sizes(self) -> list[int]:
         """The number of patches of each unit."""
-        return [len(unit.patches) for unit in self.units]
+        return [*map(len, self.units)]
 
     @cached_property
     def groups(self) -> list[tuple[int, int, list[tuple[Trace, int]]]]:
         """The adjacent units that share attention: first and last position, and each base run's trace with its patches."""
         found: list[tuple[int, int, list[tuple[Trace, int]]]] = []
         for unit, size in zip(self.units, self.sizes, strict=True):
-            ends, trace = (unit.first, unit.block.run.answer), self.traces[unit.block.run]
+            ends, trace = (unit.first, unit.run.answer), self.traces[unit.run]
             if not found or found[-1][:2] != ends:
                 found.append((*ends, []))
             runs = found[-1][2]
@@ -239,7 +231,7 @@ class Matrix:
     @cached_property
     def hooks(self) -> dict[Entry, list[tuple[str, Combine]]]:
         """The hook points that are patched and the meanings of these patches, by the place where they enter."""
-        patched = dict.fromkeys((site, unit.block.combine) for unit in self.units for site in unit.block.deltas)
+        patched = dict.fromkeys((site, unit.combine) for unit in self.units for site in unit.deltas)
         places: dict[Entry, list[tuple[str, Combine]]] = {}
         for site, combine in sorted(patched, key=lambda each: (sites.is_stream(each[0]), sites.layer_of(each[0]))):
             places.setdefault(entry(site), []).append((site, combine))  # addends come before sums
@@ -248,7 +240,7 @@ class Matrix:
     @cached_property
     def starts(self) -> Int[torch.Tensor, " patches"]:
         """The row that position 0 of each patch would have: the patch's row at position p is this plus p."""
-        return self.ends - self._of_patches(unit.block.run.answer for unit in self.units)
+        return self.ends - self._of_patches(unit.run.answer for unit in self.units)
 
     @cached_property
     def ends(self) -> Int[torch.Tensor, " patches"]:
@@ -262,7 +254,7 @@ class Matrix:
 
     @cached_property
     def _lengths(self) -> Int[torch.Tensor, " patches"]:
-        return self._of_patches(unit.block.run.answer - unit.first + 1 for unit in self.units)
+        return self._of_patches(unit.run.answer - unit.first + 1 for unit in self.units)
 
     @cached_property
     def _first(self) -> int:
@@ -274,7 +266,7 @@ class Matrix:
         """The row of each row's base value if the traces from the first position on are put one after the other."""
         ends = accumulate(len(run.tokens) - self._first for run in self.traces)
         before = {run: end - len(run.tokens) for run, end in zip(self.traces, ends, strict=True)}
-        return self.positions + self._of_patches(before[u.block.run] for u in self.units).repeat_interleave(self._lengths)
+        return self.positions + self._of_patches(before[u.run] for u in self.units).repeat_interleave(self._lengths)
 
     def _of_patches(self, of_units: Iterable[int]) -> Int[torch.Tensor, " patches"]:
         return torch.tensor([*of_units]).repeat_interleave(torch.tensor(self.sizes))
@@ -296,9 +288,10 @@ class Matrix:
 
     def _changes(self, site: str, combine: Combine) -> tuple[torch.Tensor, torch.Tensor]:
         rows, values, patches = [], [], torch.arange(len(self.ends)).split(self.sizes)
-        for block, numbers in alike(unit.block for unit in self.units).items():
+        for numbers in alike(id(unit.deltas) for unit in self.units).values():
+            block = self.units[numbers[0]]
             if site in block.deltas and block.combine == combine:
-                deltas, patch = block.deltas[site], torch.full((len(block),), -1)
+                deltas, patch = block.deltas[site], torch.full((block.deltas[site].patches,), -1)
                 patch[torch.cat([self.units[n].patches for n in numbers])] = torch.cat([patches[n] for n in numbers])
                 here = patch[deltas.patch]
                 some = ((here >= 0) & (deltas.position <= block.run.answer)).nonzero()[:, 0]

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from featpatch import sites
 from featpatch.engine.cost import plain_flops
-from featpatch.engine.patches import BaseRun, Block, Deltas, Unit
+from featpatch.engine.patches import BaseRun, Block, Deltas
 from featpatch.engine.suffix import Columns, SuffixPath
 from featpatch.errors import FeatpatchError, FeatpatchWarning
 from featpatch.model.layer import UnsupportedError, product_rounding
@@ -38,11 +38,11 @@ class PlainPath:
         """Return the group of a block; blocks of one group may share a forward pass."""
         return tuple(block.deltas), block.combine if len(block.deltas) > 1 else "add", len(block.run.tokens)
 
-    def rows(self, unit: Unit) -> int:
+    def rows(self, unit: Block) -> int:
         """Return the number of rows that one patch of a unit takes."""
-        return len(unit.block.run.tokens)
+        return len(unit.run.tokens)
 
-    def flops(self, unit: Unit, columns: int) -> int:
+    def flops(self, unit: Block, columns: int) -> int:
         """Return the floating-point operations of the unit's matrix products; all logits are computed, whatever is read."""
         return plain_flops(self.lens, unit)
 
@@ -57,15 +57,15 @@ class PlainPath:
         return _columns(self.lens.resume(layer, run.resid[layer][None].clone(), tokens, answers), columns)
 
     @torch.no_grad()
-    def logits(self, units: Sequence[Unit], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
+    def logits(self, units: Sequence[Block], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
         """Return the logits of every patch at its answer position; all units must be of one group."""
-        hooks, combine, length = self.group(units[0].block)
+        hooks, combine, length = self.group(units[0])
         layer, base = min(map(sites.layer_of, hooks)), int(combine == "set")
-        sizes = torch.tensor([len(unit.patches) + base for unit in units], device=self.lens.device)
-        resid = torch.stack([unit.block.run.resid[layer] for unit in units])
+        sizes = torch.tensor([len(unit) + base for unit in units], device=self.lens.device)
+        resid = torch.stack([unit.run.resid[layer] for unit in units])
         resid = resid.repeat_interleave(sizes.to(resid.device), 0)
-        tokens = torch.stack([unit.block.run.tokens for unit in units]).to(self.lens.device).repeat_interleave(sizes, 0)
-        answers = torch.tensor([unit.block.run.answer for unit in units], device=sizes.device).repeat_interleave(sizes)
+        tokens = torch.stack([unit.run.tokens for unit in units]).to(self.lens.device).repeat_interleave(sizes, 0)
+        answers = torch.tensor([unit.run.answer for unit in units], device=sizes.device).repeat_interleave(sizes)
         with ExitStack() as stack:
             firing = {}
             for site in sorted(hooks, key=sites.is_stream):  # where both are changed by one hook: what is added, then the sum
@@ -82,21 +82,21 @@ class PlainPath:
         parts = [part[: len(part) - base] for part in logits.split(sizes.tolist())]
         return [_columns(part, wanted) for part, wanted in zip(parts, columns, strict=True)]
 
-    def _adding(self, site: str, units: Sequence[Unit], length: int) -> Edit:
+    def _adding(self, site: str, units: Sequence[Block], length: int) -> Edit:
         """Return a function that adds the changes at a hook point to the activations of all patches."""
-        delta = torch.cat([unit.deltas(site).dense(length) for unit in units])
+        delta = torch.cat([unit.of(site).dense(length) for unit in units])
 
         def change(activation: torch.Tensor) -> torch.Tensor:
             return added(activation, delta.reshape(activation.shape))
 
         return change
 
-    def _setting(self, site: str, units: Sequence[Unit], length: int, stack: ExitStack) -> Edit:
+    def _setting(self, site: str, units: Sequence[Block], length: int, stack: ExitStack) -> Edit:
         """Return a function that sets activations to those of the base run plus the change, where a patch names a position.
 
         The base run of each unit is the row after its patches.
         """
-        deltas = [unit.deltas(site) for unit in units]
+        deltas = [unit.of(site) for unit in units]
         delta = torch.cat([functional.pad(each.dense(length), (0, 0, 0, 0, 0, 1)) for each in deltas])
         named = torch.cat([functional.pad(each.named(length), (0, 0, 0, 1)) for each in deltas])
         sizes = torch.tensor([len(each) + 1 for each in deltas])
@@ -135,11 +135,11 @@ class PatchPath(Protocol):
         """Return the group of a block; blocks of one group may share a forward pass."""
         ...
 
-    def rows(self, unit: Unit) -> int:
+    def rows(self, unit: Block) -> int:
         """Return the number of rows that one patch of a unit takes."""
         ...
 
-    def flops(self, unit: Unit, columns: int) -> int:
+    def flops(self, unit: Block, columns: int) -> int:
         """Return the floating-point operations of the unit's matrix products, if `columns` logits are read."""
         ...
 
@@ -151,7 +151,7 @@ class PatchPath(Protocol):
         """Return the logits of the base run at its answer position."""
         ...
 
-    def logits(self, units: Sequence[Unit], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
+    def logits(self, units: Sequence[Block], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
         """Return the logits of every patch at its answer position; all units must be of one group."""
         ...
 
@@ -215,8 +215,7 @@ def _disagreement(fast: PatchPath, plain: PlainPath, run: BaseRun, hooks: Sequen
         width = lens.n_heads * lens.d_head if sites.is_component(site, "z") else lens.d_model
         values = resid.float().std().item() * torch.randn(PROBES, width, generator=generator)
         deltas[site] = Deltas.explicit(number, position, values.to(resid), PROBES)
-    block = Block("probe", run, deltas, combine)
-    units = [Unit(0, block, number[row, None], int(first)) for row, first in enumerate(position)]
+    units = [Block("probe", run, deltas, number[row, None], combine) for row in range(PROBES)]
     found, true = (torch.cat(path.logits(units, [None] * PROBES)).double().cpu() for path in (fast, plain))
     rounding = max(product_rounding(resid.dtype, 80), 80 * torch.finfo(torch.float32).eps)
     tolerance = rounding * true.abs().max().item()

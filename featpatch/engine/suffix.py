@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 
 from featpatch.engine.cost import suffix_flops
-from featpatch.engine.patches import BaseRun, Block, Entry, Matrix, Trace, Unit, entry, in_groups
+from featpatch.engine.patches import BaseRun, Block, Entry, Matrix, Trace, entry, in_groups
 from featpatch.model.layer import Layer, Stack, soft_capped
 from featpatch.model.lens import Lens
 
@@ -96,13 +96,13 @@ class SuffixPath:
         """Return the group of a block, the lowest place where it enters; blocks of one group may share a forward pass."""
         return min(map(entry, block.deltas), key=lambda place: (place[0], PLACES.index(place[1])))
 
-    def rows(self, unit: Unit) -> int:
+    def rows(self, unit: Block) -> int:
         """Return the number of rows that one patch of a unit takes."""
-        return unit.block.run.answer - unit.first + 1
+        return unit.run.answer - unit.first + 1
 
-    def flops(self, unit: Unit, columns: int) -> int:
+    def flops(self, unit: Block, columns: int) -> int:
         """Return the floating-point operations of the unit's matrix products, if `columns` logits are read."""
-        return suffix_flops(self.stack, *self.group(unit.block), unit, columns)
+        return suffix_flops(self.stack, *self.group(unit), unit, columns)
 
     def baseline(self, run: BaseRun, columns: Columns) -> Float[torch.Tensor, "1 columns"]:
         """Return the logits of the base run at its answer position."""
@@ -110,11 +110,11 @@ class SuffixPath:
         final = self.traces[run][len(self.stack.layers), "pre"]
         return self.stack.head(final[run.answer, None], self._ids(columns))
 
-    def logits(self, units: Sequence[Unit], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
+    def logits(self, units: Sequence[Block], columns: Sequence[Columns]) -> list[Float[torch.Tensor, "_ _"]]:
         """Return the logits of every patch at its answer position; all units must be of one group."""
-        self.prepare(dict.fromkeys(unit.block.run for unit in units))
-        matrix = Matrix(units, {unit.block.run: self.traces[unit.block.run] for unit in units})
-        layer, rows, x = self._enter(self.group(units[0].block), matrix)
+        self.prepare(dict.fromkeys(unit.run for unit in units))
+        matrix = Matrix(units, {unit.run: self.traces[unit.run] for unit in units})
+        layer, rows, x = self._enter(self.group(units[0]), matrix)
         final = self._run(layer, rows, x, matrix)
         return in_groups(columns, final.split(matrix.sizes), lambda unit, x: self.stack.head(x, self._ids(columns[unit])))
 

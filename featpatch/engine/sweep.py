@@ -1,8 +1,8 @@
 """The exact sweep: add deltas at hook points, run what they can change, and measure. It does not depend on SAEs.
 
-Patches of a block that change nothing before the same position form a unit, and units fill a budget of rows: enough to keep the
-processor busy, few enough for the available memory. When memory runs out, the sweep halves the batch and continues. When it is
-interrupted, everything that is finished has been filled in.
+The patches of a block that change nothing before the same position form a unit, a smaller block, and units fill a budget of
+rows: enough to keep the processor busy, few enough for the available memory. When memory runs out, the sweep halves the batch
+and continues. When it is interrupted, everything that is finished has been filled in.
 """
 
 import sys
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from featpatch.engine.journal import Book, batch_key
-from featpatch.engine.patches import NEVER, BaseRun, Block, Unit, in_groups
+from featpatch.engine.patches import NEVER, BaseRun, Block, in_groups
 from featpatch.engine.path import PatchPath
 from featpatch.errors import FeatpatchError
 from featpatch.metrics import Measures
@@ -87,36 +87,36 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def units_of(blocks: Sequence[Block], *, causal: bool) -> list[Unit]:
+def units_of(blocks: Sequence[Block], *, causal: bool) -> list[Block]:
     """Return every patch that can have an effect, in units by block and first changed position.
 
     A patch that changes nothing is left out, and in a causal model also one that changes only positions after the answer: they
     have exactly no effect.
     """
     units = []
-    for index, block in enumerate(blocks):
-        first = block.first()
-        for position in first.unique().tolist():
+    for block in blocks:
+        starts = block.starts
+        for position in starts.unique().tolist():
             if position != NEVER and (position <= block.run.answer or not causal):
-                units.append(Unit(index, block, (first == position).nonzero()[:, 0], position))
+                units.append(block.part(starts == position))
     return units
 
 
-def batches(path: PatchPath, units: Sequence[Unit], budget: int) -> Iterator[list[Unit]]:
+def batches(path: PatchPath, units: Sequence[Block], budget: int) -> Iterator[list[Block]]:
     """Yield batches of units of one group, packed up to the row budget; a unit that exceeds the remaining budget is split."""
-    key = {id(unit): path.group(unit.block) for unit in units}
-    order = sorted(units, key=lambda unit: (str(key[id(unit)]), unit.first, unit.block.run.name, unit.index))
+    key = {id(unit): path.group(unit) for unit in units}
+    order = sorted(units, key=lambda unit: (str(key[id(unit)]), unit.first, unit.run.name))
     for _, group in groupby(order, key=lambda unit: key[id(unit)]):
-        batch: list[Unit] = []
+        batch: list[Block] = []
         room = budget
         for unit in group:
             rows, start = path.rows(unit), 0
-            while start < len(unit.patches):
+            while start < len(unit):
                 if batch and room < rows:
                     yield batch
                     batch, room = [], budget
-                stop = min(len(unit.patches), start + max(1, room // rows))
-                batch.append(unit.part(start, stop))
+                stop = min(len(unit), start + max(1, room // rows))
+                batch.append(unit.part(slice(start, stop)))
                 room -= rows * (stop - start)
                 start = stop
         if batch:
@@ -167,28 +167,29 @@ class Sweep:
         units = self.units(blocks)
         idle = torch.ones(sum(map(len, blocks)), dtype=torch.bool)
         masks = idle.split([*map(len, blocks)])
+        number = {id(block.deltas): number for number, block in enumerate(blocks)}
         for unit in units:
-            masks[unit.index][unit.patches] = False
+            masks[number[id(unit.deltas)]][unit.patches] = False
         for block, into, mask in zip(blocks, values, masks, strict=True):
             into[mask] = base[block.run]
         self.done(int(idle.sum()))
         for batch in batches(self.path, units, self.rows):
-            sizes = [len(unit.patches) for unit in batch]
+            sizes = [*map(len, batch)]
             for unit, part in zip(batch, self._finished(batch).split(sizes), strict=True):
-                values[unit.index][unit.patches] = part
+                values[number[id(unit.deltas)]][unit.patches] = part
             self.done(sum(sizes))
 
     @torch.no_grad()
-    def batches(self, blocks: Sequence[Block]) -> dict[str, list[Unit]]:
+    def batches(self, blocks: Sequence[Block]) -> dict[str, list[Block]]:
         """Return the forward passes that `fill` would make, by the key under which each is stored; ready to `run`."""
         self.baselines(list(dict.fromkeys(block.run for block in blocks)))
         made = batches(self.path, self.units(blocks), self.rows)
-        return {batch_key(unit.name for unit in batch): batch for batch in made}
+        return {batch_key(unit.key for unit in batch): batch for batch in made}
 
     def cost(self, blocks: Sequence[Block]) -> tuple[int, int, int]:
         """Return the number of patches that need a forward pass, of their rows, and of their floating-point operations."""
         units = self.units(blocks)
-        return sum(len(u.patches) for u in units), sum(self.path.rows(u) * len(u.patches) for u in units), self._flops(units)
+        return sum(len(u) for u in units), sum(self.path.rows(u) * len(u) for u in units), self._flops(units)
 
     @torch.no_grad()
     def trial(self, blocks: Sequence[Block]) -> tuple[int, float]:
@@ -196,27 +197,27 @@ class Sweep:
         batch = next(batches(self.path, self.units(blocks), self.rows), [])
         if not batch:
             return 0, 0.0
-        self.run([batch[0].part(0, 1)])
+        self.run([batch[0].part(slice(1))])
         start = time.perf_counter()
         self.run(batch)
         seconds = time.perf_counter() - start
         return self._flops(batch), seconds
 
-    def units(self, blocks: Sequence[Block]) -> list[Unit]:
+    def units(self, blocks: Sequence[Block]) -> list[Block]:
         """Return the patches of the blocks that can have an effect, in units."""
         return units_of(blocks, causal=self.path.lens.causal)
 
-    def _flops(self, units: Sequence[Unit]) -> int:
-        columns = [self._columns(unit.block.run) for unit in units]
+    def _flops(self, units: Sequence[Block]) -> int:
+        columns = [self._columns(unit.run) for unit in units]
         vocabulary = self.path.lens.d_vocab
         return sum(self.path.flops(u, vocabulary if c is None else len(c)) for u, c in zip(units, columns, strict=True))
 
-    def _finished(self, batch: list[Unit]) -> Values:
+    def _finished(self, batch: list[Block]) -> Values:
         """Return the values of a batch, from the book or from a forward pass."""
         if self.book is None:
             return self.run(batch)
-        key = batch_key(unit.name for unit in batch)
-        known = self.book.get(key, sum(len(unit.patches) for unit in batch) * len(self.measures.parts))
+        key = batch_key(unit.key for unit in batch)
+        known = self.book.get(key, sum(map(len, batch)) * len(self.measures.parts))
         if known is not None:
             return known.unflatten(0, (-1, len(self.measures.parts)))
         values = self.run(batch)
@@ -224,17 +225,17 @@ class Sweep:
         return values
 
     @torch.no_grad()
-    def run(self, batch: list[Unit]) -> Values:
+    def run(self, batch: list[Block]) -> Values:
         """Run a batch in one forward pass, or in several if memory is short, and return its values.
 
         Raises:
             FeatpatchError: there is not enough memory for a single patch.
         """
-        patches, rows = sum(len(unit.patches) for unit in batch), sum(self.path.rows(u) * len(u.patches) for u in batch)
+        patches, rows = sum(map(len, batch)), sum(self.path.rows(u) * len(u) for u in batch)
         if rows <= self.limit or patches == 1:
             try:
-                logits = self.path.logits(batch, [self._columns(unit.block.run) for unit in batch])
-                runs = [unit.block.run for unit in batch]
+                logits = self.path.logits(batch, [self._columns(unit.run) for unit in batch])
+                runs = [unit.run for unit in batch]
                 return torch.cat(in_groups(map(self._alike, runs), logits, lambda unit, x: self._measured(x, runs[unit])))
             except (RuntimeError, MemoryError, FeatpatchError) as error:
                 if not out_of_memory(error):
@@ -271,18 +272,18 @@ class Sweep:
         return tuple(run.correct), tuple(run.wrong), id(self._clean_run(run)) if self.measures.reads_clean else None
 
 
-def _halves(batch: list[Unit]) -> tuple[list[Unit], list[Unit]]:
+def _halves(batch: list[Block]) -> tuple[list[Block], list[Block]]:
     """Split the patches of a batch into two halves, in the same order."""
-    half = sum(len(unit.patches) for unit in batch) // 2
-    left: list[Unit] = []
-    right: list[Unit] = []
+    half = sum(map(len, batch)) // 2
+    left: list[Block] = []
+    right: list[Block] = []
     for unit in batch:
-        cut = min(half, len(unit.patches))
+        cut = min(half, len(unit))
         half -= cut
         if cut:
-            left.append(unit.part(0, cut))
-        if cut < len(unit.patches):
-            right.append(unit.part(cut, len(unit.patches)))
+            left.append(unit.part(slice(cut)))
+        if cut < len(unit):
+            right.append(unit.part(slice(cut, None)))
     return left, right
 
 

@@ -254,7 +254,9 @@ class Study:
     def _blocks(self, runs: list[PairRuns], swaps: list[list[Swap]]) -> dict[tuple[Direction, int, int, int], Block]:
         """Return the patches as blocks for the engine, by direction, pair, reading and swap."""
         return {
-            (direction, pair, reading, number): Block(swap.name, base, swap.at(run, direction, reading), swap.combine)
+            (direction, pair, reading, number): Block(
+                swap.name, base, swap.at(run, direction, reading), torch.arange(len(swap.nodes)), swap.combine
+            )
             for direction in self.directions
             for pair, (run, of_pair) in enumerate(zip(runs, swaps, strict=True))
             for reading, base in enumerate(run.bases[direction])

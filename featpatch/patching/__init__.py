@@ -9,9 +9,9 @@ What happens between `fp.rank_features` and a number, in the order of the formul
    and edited (model/lens.py), the `Measures` (metrics.py), and a `Part` (changes.py), which says what is patched: here a
    `FeaturePart` (features.py) with one or more `Dictionary`s, the SAEs (sae/dictionary.py), each of which is a `Codec` at its
    hook points (sae/codec.py).
-2. A `Runner` (runs.py) runs the clean and the corrupted prompt of each pair. A `Run` holds the activations x of one prompt.
-   Each direction has a base run b, which is patched, and a source run s, which values are taken from. A `Reading` says where in
-   a run the metric is read (pairs/pair.py).
+2. A `Runner` (runs.py) runs the clean and the corrupted prompt of each pair, and returns `PairRuns`. A `Run` holds the
+   activations x of one prompt. Each direction has a base run b, which is patched, and a source run s, which values are taken
+   from.
 3. The dictionary splits both activations into a `Split` of features f and error e (sae/codec.py). A `Difference` (changes.py)
    holds the features that differ between the two, and what they add: the only features whose patches can have an effect.
 4. Patches, named by one `Node` each, form a `Swap` (changes.py) with their `Deltas` x' - x_b at each hook point that they

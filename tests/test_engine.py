@@ -114,6 +114,22 @@ def test_deltas_are_cut_and_selected() -> None:
     assert (-deltas.upto(4)).values().tolist() == [[-1, 0], [-2, 0], [0, -4]]
 
 
+def test_deltas_are_joined() -> None:
+    """The first two share their directions."""
+    table, other = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[5.0, 6.0]])
+
+    def deltas(patches: int, patch: list[int], position: list[int], direction: list[int], directions: torch.Tensor) -> Deltas:
+        rows = [torch.tensor(each) for each in (patch, position, direction)]
+        return Deltas(patches, *rows, torch.arange(1.0, len(patch) + 1), directions)
+
+    joined = Deltas.joined(
+        [deltas(3, [0, 2], [4, 1], [1, 0], table), deltas(1, [0], [2], [1], table), deltas(2, [1], [3], [0], other)]
+    )
+    assert (joined.patches, joined.patch.tolist(), joined.position.tolist()) == (6, [0, 2, 3, 5], [4, 1, 2, 3])
+    assert joined.values().tolist() == [[0, 1], [2, 0], [0, 1], [5, 6]]
+    assert len(joined.directions) == 3
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] can't allocate memory")]
 )

@@ -59,6 +59,22 @@ class Deltas:
         ones = torch.ones(len(values), dtype=values.dtype, device=values.device)
         return cls(patches, patch, position, torch.arange(len(values)), ones, values)
 
+    @classmethod
+    def joined(cls, several: Sequence["Deltas"]) -> "Deltas":
+        """Return the patches of several deltas, one after the other; directions that they share are kept once."""
+        tables = {(deltas.directions.data_ptr(), len(deltas.directions)): deltas.directions for deltas in several}
+        rows = dict(zip(tables, accumulate(map(len, tables.values()), initial=0), strict=False))
+        patches = [*accumulate((deltas.patches for deltas in several), initial=0)]
+        direction = [deltas.direction + rows[deltas.directions.data_ptr(), len(deltas.directions)] for deltas in several]
+        return cls(
+            patches=patches.pop(),
+            patch=torch.cat([deltas.patch + before for deltas, before in zip(several, patches, strict=True)]),
+            position=torch.cat([deltas.position for deltas in several]),
+            direction=torch.cat(direction),
+            coefficient=torch.cat([deltas.coefficient for deltas in several]),
+            directions=torch.cat([*tables.values()]),
+        )
+
     @cached_property
     def first(self) -> Int[torch.Tensor, " patches"]:
         """The first position that each patch changes, or NEVER."""

@@ -90,6 +90,13 @@ class Difference:
         """Return the indices of the entries at these positions."""
         return torch.isin(self.position, torch.tensor(span, dtype=torch.long)).nonzero()[:, 0]
 
+    def count(self, wanted: Wanted) -> int:
+        """Return the number of features that differ at each of some requested positions, in total."""
+        alone = [span[0] for span in wanted.values() if len(span) == 1]
+        several = [self.feature[self.at(span)].unique() for span in wanted.values() if len(span) != 1]
+        once = sum(int((self.position == position).sum()) for position in alone)
+        return once + sum(map(len, several))
+
     @cached_property
     def directions(
         self,
@@ -200,6 +207,25 @@ class Swap:
     def name(self) -> str:
         """A short name derived from the nodes, the same every time."""
         return hashlib.sha256("\n".join(map(repr, self.nodes)).encode()).hexdigest()[:24]
+
+
+def joined(swaps: Sequence[Swap]) -> list[Swap]:
+    """Return the swaps with those joined that are made at the same hook points, in the same way and on one device."""
+    alike: dict[Any, list[Swap]] = {}
+    for swap in swaps:
+        tables = [deltas.directions for ways in swap.deltas.values() for deltas in ways.values()]
+        alike.setdefault((*swap.deltas, swap.combine, *((table.dtype, table.device) for table in tables)), []).append(swap)
+    return [
+        Swap(
+            tuple(node for swap in some for node in swap.nodes),
+            {
+                site: {way: Deltas.joined([swap.deltas[site][way] for swap in some]) for way in ways}
+                for site, ways in some[0].deltas.items()
+            },
+            combine=some[0].combine,
+        )
+        for some in alike.values()
+    ]
 
 
 Naming = Callable[[int, Position], Node]

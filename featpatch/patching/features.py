@@ -18,6 +18,7 @@ from featpatch.patching.changes import (
     by_output,
     count_whole,
     feature_swaps,
+    joined,
     whole_change,
     whole_swaps,
 )
@@ -77,18 +78,16 @@ class FeaturePart(Part):
         if self.only is not None:
             return sum(len(swap.nodes) for swap in self.swaps([run])[0])
         total = sum(count_whole(changes, run.wanted) for _, _, changes, _, _ in self._whole(run))
-        for difference in self._differences(run).values():
-            total += sum(len(difference.feature[difference.at(span)].unique()) for span in run.wanted.values())
-        return total
+        return total + sum(difference.count(run.wanted) for difference in self._differences(run).values())
 
     def _of_pair(self, run: PairRuns) -> list[Swap]:
         swaps: list[Swap] = []
         for dictionary in self.dictionaries:
             found = self._differences(run)[dictionary.name]
             swaps += feature_swaps(found, run.wanted, dictionary.node, self._meaning(dictionary))
-        return swaps + [
-            whole_swaps(site, kind, changes, run.wanted, sae, combine) for site, kind, changes, sae, combine in self._whole(run)
-        ]
+        for site, kind, changes, sae, combine in self._whole(run):
+            swaps.append(whole_swaps(site, kind, changes, run.wanted, sae, combine))
+        return joined(swaps)
 
     def _meaning(self, dictionary: Dictionary) -> Combine:
         """Return what patches of a dictionary mean, which makes a difference only if it writes to several hook points."""

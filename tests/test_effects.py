@@ -152,6 +152,7 @@ def next_steps() -> dict[str, tuple[Callable[[Any, fp.Pairs, fp.Effects], Any], 
         "position": (lambda m, p, e: e.where(position="S3"), "position='S3' was not measured: expected one of 3, 1$"),
         "site": (lambda m, p, e: e.where(site=f"{SITE}x"), f"expected one of {SITE}; did you mean '{SITE}'"),
         "sae": (lambda m, p, e: e.where(sae="other"), f"sae='other' was not measured: expected one of {SITE}$"),
+        "array": (lambda m, p, e: e.where(position=np.array([3, 1])), "position is of type ndarray: expected str or int"),
         "taken": (lambda m, p, e: e.top(1).where(position=5), "position=5 was not measured"),
         "no saes": (
             lambda m, p, e: fp.rank_nodes(m, p, [feature]),

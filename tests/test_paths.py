@@ -258,6 +258,14 @@ def test_errors(small: Small) -> None:
             fp.rank_paths(small.model, pairs=pairs_of(small), **options)
 
 
+def test_a_sender_that_never_changes_is_pointed_out(bridge: Small) -> None:
+    """Position 0 is before the first difference."""
+    senders = [fp.Node("blocks.0.attn.hook_z", "head", 0, position) for position in (0, 6)]
+    with pytest.warns(fp.FeatpatchWarning, match=r"1 sender without rows \(blocks.0.attn.hook_z head 0 @ 0\): the same"):
+        paths = fp.rank_paths(bridge.model, pairs_of(bridge), senders=senders, receivers=["logits"], progress=False)
+    assert [edge.sender for edge in paths.nodes] == senders[1:]
+
+
 def test_hooks_of_the_user_are_refused() -> None:
     small = small_hooked()
     small.model.add_hook("blocks.0.hook_resid_pre", lambda x, hook: x * 2)

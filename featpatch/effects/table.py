@@ -17,7 +17,7 @@ from featpatch.effects.measured import Measured
 from featpatch.effects.plots import Plots
 from featpatch.effects.selection import WHERE_CHANGED, By, check_measured, least_to_sort, measured_effect, sorting
 from featpatch.effects.statistics import check_threshold, quadrant_labels
-from featpatch.errors import FeatpatchError, check_choices, check_numbers, counted
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted
 from featpatch.files import as_path, path_to_write
 from featpatch.frame import ROWS, Frame, text
 from featpatch.nodes import EFFECTS, KINDS, Effect, Node, Position
@@ -75,6 +75,7 @@ class Effects(Measured):
         fields = Node.__dataclass_fields__
         if unknown := sorted(set(wanted) - set(fields)):
             raise FeatpatchError(f"unknown columns {', '.join(map(repr, unknown))}: expected some of {', '.join(fields)}")
+        check_kinds((str, int, np.integer, type(None)), **wanted)
         if "kind" in wanted:
             check_choices(KINDS, kind=wanted["kind"])
         rows = [i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())]

@@ -232,11 +232,16 @@ class Study:
         """Run all batches with an executor and return the book of their values; after Ctrl-C, of those that are finished."""
         shards = len(list(chunks(self.pairs))) * len(self.parts)
         total = patches * len(self.directions)
-        with tqdm(total=total, unit="patch", desc="patching on workers", disable=not progress, smoothing=0) as bar:
+        with tqdm(total=total, unit="patch", desc="starting workers", disable=not progress, smoothing=0) as bar:
+
+            def done(finished: int) -> None:
+                bar.set_description("patching on workers", refresh=False)
+                bar.update(finished)
+
             try:
                 options = replace(self.arguments["options"], directions=self.directions, batch_rows=book.rows)
                 arguments = (self.lens, self.parts, self.pairs, {**self.arguments, "options": options})
-                executor.run(partial(_in_worker, packed(arguments)), shards, book, bar.update)
+                executor.run(partial(_in_worker, packed(arguments)), shards, book, done)
             except KeyboardInterrupt:
                 return ClosedBook(book.rows, book.finished)
         return book

@@ -1,6 +1,7 @@
 """Rank features, components and paths by causal recovery: exactly, or by gradient estimates."""
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from featpatch.attribution.features import estimate_features
 from featpatch.attribution.gradients import METHODS, Gradients, check_gradient, check_method, differentiable
 from featpatch.attribution.paths import estimate_paths
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, counted
+from featpatch.errors import FeatpatchError, FeatpatchWarning, counted, listed
 from featpatch.metrics import Metrics, find, leading, one_metric
 from featpatch.nodes import DIRECTIONS, Combine, Direction, Edge, Node
 from featpatch.pairs.pair import Positions
@@ -21,7 +22,7 @@ from featpatch.pairs.pairs import Pairs
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.noise import Noise
-from featpatch.patching.paths import Nodes, path_study
+from featpatch.patching.paths import EdgePart, Nodes, path_study
 from featpatch.patching.study import Options, Study
 from featpatch.ranking.screen import Screen, screened
 from featpatch.sites import DEFAULT_COMPONENTS, Route
@@ -283,7 +284,9 @@ def rank_paths(
         tqdm.write(f"{size}: {how}", file=sys.stderr)
     run = partial(Study.run, journal=journal, progress=progress, executor=executor)
     if not isinstance(chosen, Screen):
-        return run(study)
+        effects = run(study)
+        _warn_of_the_unchanged(effects, part)
+        return effects
 
     def study_of(only: frozenset[Node]) -> Study:
         edges = frozenset(edge for edge in only if isinstance(edge, Edge))
@@ -354,3 +357,17 @@ def gradients_of(
             f"metric={metric!r} with gradients of {method.measure.name!r}: expected the same metric; leave metric out"
         )
     return method
+
+
+def _warn_of_the_unchanged(effects: Effects, part: EdgePart) -> None:
+    """Warn of senders that have no rows, because they are the same in both runs of every pair."""
+    changed = {edge.sender for edge in effects.nodes if isinstance(edge, Edge)}
+    sending = {sender for of_receiver in part.edges.values() for sender in of_receiver}
+    absent = [str(node) for node in part.senders.nodes if node in sending - changed]
+    if absent and effects.finished:
+        warnings.warn(
+            f"{counted(len(absent), 'sender')} without rows ({listed(absent, 3)}): the same in both runs of every pair, so that "
+            "no path from there has an effect",
+            FeatpatchWarning,
+            stacklevel=3,
+        )

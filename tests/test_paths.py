@@ -14,6 +14,7 @@ from small import LAYERS, Small, small_hooked, standard
 from test_sets import pairs_of
 
 import featpatch as fp
+from featpatch.errors import FeatpatchWarning
 from featpatch.patching.paths import path_study
 from featpatch.patching.study import Options
 
@@ -261,7 +262,7 @@ def test_errors(small: Small) -> None:
 def test_a_sender_that_never_changes_is_pointed_out(bridge: Small) -> None:
     """Position 0 is before the first difference."""
     senders = [fp.Node("blocks.0.attn.hook_z", "head", 0, position) for position in (0, 6)]
-    with pytest.warns(fp.FeatpatchWarning, match=r"1 sender without rows \(blocks.0.attn.hook_z head 0 @ 0\): the same"):
+    with pytest.warns(FeatpatchWarning, match=r"1 sender without rows \(blocks.0.attn.hook_z head 0 @ 0\): the same"):
         paths = fp.rank_paths(bridge.model, pairs_of(bridge), senders=senders, receivers=["logits"], progress=False)
     assert [edge.sender for edge in paths.nodes] == senders[1:]
 

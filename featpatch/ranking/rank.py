@@ -366,8 +366,8 @@ def _warn_of_the_unchanged(effects: Effects, part: EdgePart) -> None:
     absent = [str(node) for node in part.senders.nodes if node in sending - changed]
     if absent and effects.finished:
         warnings.warn(
-            f"{counted(len(absent), 'sender')} without rows ({listed(absent, 3)}): the same in both runs of every pair, so that "
-            "no path from there has an effect",
+            f"{counted(len(absent), 'sender')} without rows ({listed(absent, 3)}): the same in both runs of every pair, so "
+            "that no path from there has an effect",
             FeatpatchWarning,
             stacklevel=3,
         )

@@ -1,5 +1,7 @@
 """Several features together: curves, selection, interactions, and random directions, against the oracle."""
 
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -152,6 +154,24 @@ def test_selection_ends_where_it_should(small: Small) -> None:
     assert str(found).startswith(f"2 features bring back {all_steps[1]:.0%}: ")
     one = fp.select_features(small.model, sae, pairs, target=1.0, **{**options, "most": 1})
     assert str(one).startswith(f"1 feature brings back {all_steps[0]:.0%}, short of 100%: ")
+
+
+def test_a_long_selection_is_announced_after_its_first_step(
+    small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three steps with 5, 4 and 3 sets, of which the first takes 50 seconds."""
+    clock, measured = [0.0], sets.Sets.measured
+
+    def timed(*asked: Any, **options: Any) -> fp.Effects:
+        clock[0] += 50
+        return measured(*asked, **options)
+
+    monkeypatch.setattr(sets.Sets, "measured", timed)
+    monkeypatch.setattr("featpatch.engine.sweep.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    pairs = pairs_of(small)
+    fp.select_features(small.model, small.at(SITE), pairs, candidates=5, most=3, target=1.0)
+    total, left = len(pairs) * 12, round(50 * 7 / 5)
+    assert f"{total} patches in total, about {timedelta(seconds=left)} left" in capsys.readouterr().err
 
 
 def test_interactions_against_the_oracle(small: Small) -> None:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
 from featpatch.engine.patches import Deltas
+from featpatch.engine.sweep import announcing
 from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers, counted, decimal, is_integer, listed
 from featpatch.frame import Frame
 from featpatch.metrics import Metrics
@@ -334,7 +335,10 @@ def select_features(
         )
     chosen: list[Node] = []
     reached = 0.0
-    with tqdm(total=most, unit="feature", desc="selecting", disable=not progress) as bar:
+    tries = len(asked.study.pairs) * sum(range(max(len(pool) - most, 0) + 1, len(pool) + 1))
+    with tqdm(total=tries, unit="patch", desc="selecting, at most", disable=not progress) as bar:
+        done = announcing(bar)
+        done(0)
         while pool and len(chosen) < most and (reached < target or not chosen):
             values = np.zeros(len(pool))
             tried = asked.measured([[*chosen, node] for node in pool], way, progress=False)
@@ -344,7 +348,7 @@ def select_features(
                 break
             reached = float(values[best])
             chosen.append(pool.pop(best))
-            bar.update()
+            done(len(asked.study.pairs) * len(values))
     effects = asked.measured([chosen[: size + 1] for size in range(len(chosen))], DIRECTIONS, progress=False)
     features: Any = list(map(asked.shown, chosen))
     return Selection(features, chosen, effects, effect, target, reached >= target)

@@ -93,7 +93,7 @@ def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[n
 
 
 def _resampled(values: NDArray[np.float64], drawn: NDArray[np.int64], times: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sum of each row over each resample of the pairs, `[rows, resamples]`.
+    """Return the mean of each row over each resample of the pairs, `[rows, resamples]`.
 
     The product skips the pairs in which a row is 0, and the result of a row does not depend on the other rows.
 
@@ -105,6 +105,7 @@ def _resampled(values: NDArray[np.float64], drawn: NDArray[np.int64], times: NDA
     sums: NDArray[np.float64] = csr_array(values) @ times
     infinite = np.isinf(values).any(axis=1)
     sums[infinite] = values[infinite][:, drawn].sum(axis=-1)  # in the product, infinity times 0 would be NaN
+    sums /= values.shape[1]
     return sums
 
 

@@ -123,6 +123,21 @@ def test_the_column(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(frame["prob_quadrant"]) == ["below threshold", "both directions"]
 
 
+def test_a_report_computes_the_interval_of_each_row_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In each direction, although the conclusion, the chart and the table of all rows need them; with rows that are not ranked."""
+    features = made(np.random.default_rng(0).normal(size=(300, 4)), [2.0, 3.0, 2.0, 2.0], pairs="none")
+    effects = replace(features, nodes=(*features.nodes[:-1], fp.Node(features.nodes[0].site, "activation")))
+    computed, interval = [], statistics.interval
+
+    def counting(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[np.float64]:
+        computed.append(len(change) if gap.ndim == 1 else 0)  # others are over the pairs in which a row differs
+        return interval(change, gap)
+
+    monkeypatch.setattr(statistics, "interval", counting)
+    fp.report(effects, tmp_path / "report.html")
+    assert sum(computed) == 2 * len(effects)
+
+
 def test_the_report_shows_it() -> None:
     table = made([[2.0, 2.0], [0.0, 0.01]], [2.0, 2.0])
     lines = shown(ranked(table)).splitlines()

@@ -16,7 +16,7 @@ from test_sets import SITE, pairs_of
 
 import featpatch as fp
 from featpatch.page.page import write
-from featpatch.reporting.conclusion import concluded, short_names
+from featpatch.reporting.conclusion import Conclusion, concluded, short_names, strongest
 from featpatch.reporting.sections import Material, PairText, _shown, page_of
 
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
@@ -283,7 +283,7 @@ def test_the_conclusion_is_the_tables(study: dict[str, Any]) -> None:
     frame = effects.take(effects.ranked).to_pandas()
     both = frame[frame["quadrant"] == "both directions"]
     best = both.loc[both[["recovery", "degradation"]].abs().max(axis=1).idxmax()]
-    said = concluded(effects).answer.replace("\N{NO-BREAK SPACE}", " ")
+    said = concluded(effects, strongest(effects)).answer.replace("\N{NO-BREAK SPACE}", " ")
     assert said.startswith(
         f"{len(both)} of {len(frame):,} features are both sufficient and necessary for part of the behaviour."
     )
@@ -295,26 +295,30 @@ def test_the_conclusion_is_the_tables(study: dict[str, Any]) -> None:
 def test_what_is_not_decided_is_not_concluded(study: dict[str, Any], small: Small, tmp_path: Path) -> None:
     """A strict threshold, one pair, one direction, estimates, a screened table, and no gap each say so."""
     effects = study["effects"]
-    strict = concluded(effects.with_threshold(0.99))
+
+    def said_of(table: fp.Effects) -> Conclusion:
+        return concluded(table, strongest(table))
+
+    strict = said_of(effects.with_threshold(0.99))
     assert strict.answer.startswith("No single feature of ")
     assert "is shown to be both sufficient and necessary by 6 pairs. The largest effect is that of L" in strict.answer
-    single = concluded(effects.of_pairs([0]))
+    single = said_of(effects.of_pairs([0]))
     assert single.answer.startswith("No single feature")
     assert "[" not in single.answer
     assert any("single pair gives no interval" in caveat for caveat in single.caveats)
-    assert any("estimates from gradients" in caveat for caveat in concluded(study["estimate"]).caveats)
+    assert any("estimates from gradients" in caveat for caveat in said_of(study["estimate"]).caveats)
     equal = replace(effects, corrupted=effects.clean.copy(), denoised=effects.denoised * 0, taken_from=None)
-    assert "there is no behaviour to attribute" in concluded(equal).answer
+    assert "there is no behaviour to attribute" in said_of(equal).answer
     known = {name: study[name] for name in ("model", "pairs", "saes")}
     assert "there is no behaviour to attribute" in fp.report(equal, tmp_path / "equal.html", **known).read_text()
     options: dict[str, Any] = {"positions": "each", "progress": False}
     one = fp.rank_features(small.model, small.at(SITE), pairs_of(small), directions=["noising"], **options)
-    said = concluded(one)
+    said = said_of(one)
     assert "brings back" not in said.answer
     assert any(caveat.startswith("Only one direction was run") for caveat in said.caveats)
     screened = fp.rank_features(small.model, small.at(SITE), pairs_of(small), screen=fp.Screen(k=8, audit=4), **options)
-    assert any(caveat.startswith("8 of ") for caveat in concluded(screened).caveats)
-    assert "of the features that were run" in concluded(screened).answer
+    assert any(caveat.startswith("8 of ") for caveat in said_of(screened).caveats)
+    assert "of the features that were run" in said_of(screened).answer
 
 
 def test_short_names() -> None:
@@ -328,6 +332,7 @@ def test_short_names() -> None:
                                   "L1 head 5 @ S2", "L0 mlp_out #1"]  # fmt: skip
     second = fp.Node(post, "feature", 160, "end", "wide")
     assert short_names([nodes[0], second]) == [f"L3 resid_post #160 of {post} @ end", "L3 resid_post #160 of wide @ end"]
+    assert short_names([second], among=nodes) == ["L3 resid_post #160 of wide @ end"]
 
 
 @pytest.mark.parametrize("rows", [2_000, pytest.param(20_000, marks=pytest.mark.extended)])

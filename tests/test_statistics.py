@@ -1,5 +1,6 @@
 """Statistics over pairs: numbers by hand, intervals and p-values where the truth is known, stability, breakdown by tag."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import binom, false_discovery_control, kstest, permutation_test
+from scipy.stats import DegenerateDataWarning, binom, bootstrap, false_discovery_control, kstest, permutation_test
 from small import Small
 
 import featpatch as fp
@@ -439,9 +440,64 @@ def test_tags_travel_with_the_pairs(bridge: Small, tmp_path: Path) -> None:
     assert again.by_tag("corruption", "recovery").equals(effects.by_tag("corruption", "recovery"))
 
 
+def interval_of_scipy(change: Array, gap: Array) -> Array:
+    """The slow reference: scipy's bootstrap of the ratio of means, for one row."""
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        found = bootstrap(
+            (change, gap),
+            lambda change, gap, axis: change.mean(axis) / gap.mean(axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=999,
+            confidence_level=statistics.expanded(len(change)),
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
+    return np.array(found.confidence_interval)
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 4, 8, 31])
+@pytest.mark.parametrize("gaps", ["positive", "signed", "of each row", "cancelling"])
+def test_intervals_are_those_of_scipy(pairs: int, gaps: str) -> None:
+    """Of rows that differ in all pairs, in some, in one and in none, in more chunks than one, and of infinite values."""
+    rng = np.random.default_rng(pairs)
+    rows = statistics.CHUNK + 40
+    change = rng.normal(size=(rows, pairs)) * (rng.random((rows, pairs)) < rng.choice([0.0, 0.2, 1.0], (rows, 1)))
+    change[[0, 1], 0], change[2, :2] = [np.inf, -np.inf], [np.inf, -np.inf]
+    gap = {
+        "positive": rng.gamma(4, 1, pairs),
+        "signed": rng.normal(1, 1, pairs),
+        "of each row": rng.gamma(4, 1, (rows, pairs)),
+        "cancelling": np.where(np.arange(pairs) % 2, 2.0, -2.0),
+    }[gaps]
+    expected = np.stack([interval_of_scipy(*row) for row in zip(change, np.broadcast_to(gap, change.shape), strict=True)])
+    found = statistics.interval(change, gap)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    assert gaps != "positive" or np.isfinite(found[3:]).all()
+
+
+def test_taken_rows_have_the_statistics_of_the_whole_table() -> None:
+    """Also after rows are taken twice; their places in the table are those that a search for each node finds."""
+    table = made(np.random.default_rng(0).normal(size=(30, 6)), np.ones(6))
+    taken = table.take(np.arange(29, 0, -1)).take([3, 20, 0])
+    expected = [table.nodes.index(node) for node in taken.nodes]
+    assert taken.rows_in_whole().tolist() == replace(taken).rows_in_whole().tolist() == expected
+    most = table.take(np.arange(29, 0, -1))  # computes the intervals of the whole table
+    alone = np.concatenate([statistics.interval(row[None], table.gap) for row in table.changes("recovery").toarray()])
+    np.testing.assert_array_equal(taken.interval("recovery"), alone[expected])
+    np.testing.assert_array_equal(most.interval("recovery"), alone[:0:-1])
+    np.testing.assert_array_equal(table.interval("recovery"), alone)
+    np.testing.assert_array_equal(most.take([3, 20, 0]).interval("recovery"), alone[expected])
+
+
 def test_rows_with_missing_values_have_no_interval() -> None:
     """And leave the others as they are; without warnings, which are errors here."""
     change, gap = np.array([[1.0, 2.0, 4.0], [1.0, np.nan, 2.0], [0.0, 1.0, 0.0]]), np.array([4.0, 4.0, 4.0])
     found = statistics.interval(change, gap)
     assert np.isnan(found[1]).all()
     np.testing.assert_array_equal(found[[0, 2]], statistics.interval(change[[0, 2]], gap))
+    table = made([[1.0, 2.0], [1.0, 1.0], [0.0, 1.0]], [4.0, 4.0])  # one value is missing in each direction
+    part = replace(table, denoised=np.where(np.arange(5) == 1, np.nan, table.denoised))
+    part = replace(part, noised=np.where(np.arange(5) == 2, np.nan, table.noised))
+    assert part.known().nodes == table.nodes[2:]

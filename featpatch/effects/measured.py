@@ -71,7 +71,7 @@ class Measured:
     taken_from: "Measured | None" = field(default=None, compare=False)
     others: Mapping[str, "Measured"] = field(default_factory=dict, compare=False)
     spread: Mapping[Effect, Array] = field(default_factory=dict, compare=False)
-    _computed: dict[str, Array] = field(default_factory=dict, init=False, compare=False)
+    _computed: dict[str, NDArray[Any]] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def gap(self) -> Array:
@@ -131,10 +131,11 @@ class Measured:
             FeatpatchError: the effect is unknown.
         """
         check_kinds(str, effect=effect)
-        change = {"recovery": self.denoised - self.corrupted[self.pair], "degradation": self.clean[self.pair] - self.noised}
-        if effect not in change:
-            raise FeatpatchError(f"effect {effect!r} is unknown: expected recovery or degradation")
-        return change[effect]
+        if effect == "recovery":
+            return self.denoised - self.corrupted[self.pair]
+        if effect == "degradation":
+            return self.clean[self.pair] - self.noised
+        raise FeatpatchError(f"effect {effect!r} is unknown: expected recovery or degradation")
 
     def pooled(self, effect: Effect, *, over: Over = "all") -> Array:
         """Return the pooled effect of every row, mean change over mean gap, `[rows]`; NaN in a direction that was not run.
@@ -243,14 +244,24 @@ class Measured:
             >>> bool((low <= strongest.pooled("recovery")).all())
             True
         """
-        return self._once(f"interval {effect} {over}", lambda: self._interval(effect, over))
+        return self._once(f"interval {effect} {over}", lambda table: table._interval(effect, over))
 
-    def _once(self, key: str, compute: Callable[[], Array]) -> Array:
-        """Return a statistic that does not depend on the other rows, computed once for this table or for `whole`."""
+    def _once(self: T, key: str, compute: Callable[[T], Array]) -> Array:
+        """Return a statistic of each row that does not depend on the other rows, computed once.
+
+        It is computed for all rows of `whole` if this table has most of them, and then shared by all tables taken from `whole`;
+        otherwise for the rows of this table.
+        """
+        whole = self.whole
+        table = whole if key in whole._computed or 2 * len(self) > len(whole) else self
+        values = table._kept(key, lambda: compute(table))
+        return values.copy() if table is self else self._kept(key, lambda: values[self.rows_in_whole()]).copy()
+
+    def _kept(self, key: str, compute: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """Return an array of this table, computed at the first call."""
         if key not in self._computed:
-            known = self.whole._computed.get(key)
-            self._computed[key] = compute() if known is None else known[self.rows_in_whole()]
-        return self._computed[key].copy()
+            self._computed[key] = compute()
+        return self._computed[key]
 
     def _interval(self, effect: Effect, over: Over) -> Array:
         if over == "all":
@@ -282,14 +293,16 @@ class Measured:
         whole = self.whole
         if effect not in self.directions_run():
             return np.full(len(self), np.nan)
-        of_site = {
-            (node.site, node.position): value
-            for node, value in zip(whole.nodes, whole.pooled(effect), strict=True)
-            if node.kind == "activation"
-        }
-        return np.array(
-            [1.0 if node.kind == "activation" else of_site.get((node.site, node.position), 1.0) for node in self.nodes]
-        )
+
+        def compute() -> Array:
+            of_site = {
+                (node.site, node.position): value
+                for node, value in zip(whole.nodes, whole.pooled(effect), strict=True)
+                if node.kind == "activation"
+            }
+            return np.array([1.0 if n.kind == "activation" else of_site.get((n.site, n.position), 1.0) for n in whole.nodes])
+
+        return whole._kept(f"carried {effect}", compute)[self.rows_in_whole()]
 
     @property
     def smallest_p(self) -> Array:
@@ -306,7 +319,7 @@ class Measured:
             >>> whole.p_values("recovery").round(4).tolist(), whole.smallest_p.round(4).tolist()
             ([0.125], [0.125])
         """
-        p = self._once(f"p {effect}", lambda: statistics.sign_flip(self.changes(effect).toarray()))
+        p = self._once(f"p {effect}", lambda table: statistics.sign_flip(table.changes(effect).toarray()))
         return np.where(self.changed_pairs > 0, p, np.nan)
 
     def q_values(self, effect: Effect) -> Array:
@@ -335,7 +348,8 @@ class Measured:
     @property
     def ranked(self) -> NDArray[np.bool_]:
         """A mask of the rows that are features, heads or neurons, `[rows]`; all rows if the table has none of these."""
-        kinds = np.array([node.kind in RANKED for node in self.whole.nodes], dtype=bool)
+        whole = self.whole
+        kinds = whole._kept("ranked kinds", lambda: np.array([node.kind in RANKED for node in whole.nodes], dtype=bool))
         return (kinds if kinds.any() else ~kinds)[self.rows_in_whole()]
 
     @property
@@ -345,10 +359,15 @@ class Measured:
 
     def rows_in_whole(self) -> NDArray[np.int64]:
         """Return the index in `whole` of each row, `[rows]`."""
-        if self.taken_from is None:
+        whole = self.taken_from
+        if whole is None:
             return np.arange(len(self))
-        at = {node: row for row, node in enumerate(self.taken_from.nodes)}
-        return np.array([at[node] for node in self.nodes], dtype=np.int64)
+
+        def compute() -> NDArray[np.int64]:
+            at = {node: row for row, node in enumerate(whole.nodes)}
+            return np.array([at[node] for node in self.nodes], dtype=np.int64)
+
+        return self._kept("rows in whole", compute).copy()
 
     @property
     def rows_ranked(self) -> int:
@@ -372,7 +391,7 @@ class Measured:
         new = np.full(len(self.nodes), -1)
         new[order] = np.arange(len(order))
         kept = new[self.row] >= 0
-        return replace(
+        taken = replace(
             self,
             taken_from=self if self.taken_from is None else self.taken_from,
             nodes=tuple(self.nodes[index] for index in order),
@@ -383,6 +402,9 @@ class Measured:
             others={name: other.take(order) for name, other in self.others.items()},
             spread={effect: values[order] for effect, values in self.spread.items()},
         )
+        if self.taken_from is None or "rows in whole" in self._computed:
+            taken._computed["rows in whole"] = self.rows_in_whole()[order]
+        return taken
 
     @property
     def route(self) -> str:

@@ -106,7 +106,7 @@ def indices(wanted: Sequence[int] | NDArray[Any], count: int, what: str) -> NDAr
     mask, order = given.dtype == bool, given.astype(np.int64)
     if mask and len(given) == count:
         return np.flatnonzero(given)
-    if order.size and (mask or order.min() < 0 or order.max() >= count or len(np.unique(order)) < order.size):
+    if order.size and (mask or order.min() < 0 or order.max() >= count or np.bincount(order).max() > 1):
         raise FeatpatchError(
             f"{what}s={order[:10].tolist()}: expected indices from 0 to {count - 1}, each once, or a boolean mask of length "
             f"{count}"

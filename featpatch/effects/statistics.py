@@ -1,8 +1,9 @@
 """The statistics of effects: pooled effects with intervals, significance, and quadrants.
 
 **Effects.** Over many pairs the effect is the ratio of means, mean change over mean gap, with a bootstrap interval over pairs
-(Efron & Tibshirani 1993, from scipy; percentiles expanded for few pairs, Hesterberg 2015). The ratio of a single pair is
-computed only if its gap is not near zero.
+(Efron & Tibshirani 1993; as scipy.stats.bootstrap with paired=True and method="percentile", and with the same resamples, but as
+a product of matrices; percentiles expanded for few pairs, Hesterberg 2015). The ratio of a single pair is computed only if its
+gap is not near zero.
 
 **Significance.** Sign-flip tests over pairs, and the control of false discoveries among all rows.
 
@@ -35,14 +36,13 @@ Where the effect of the whole activation is smaller than 1 % of the behaviour, t
 decide nothing.
 """
 
-import warnings
 from collections.abc import Sequence
 from itertools import product
-from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import DegenerateDataWarning, bootstrap, false_discovery_control, norm, t
+from scipy.sparse import csr_array
+from scipy.stats import false_discovery_control, norm, t
 
 from featpatch.errors import FeatpatchError, is_number
 
@@ -51,18 +51,9 @@ SEED = 0
 CONFIDENCE = 0.95
 CHUNK = 256
 
-_one_at_a_time = Lock()
-"""Held while warnings are silenced, because that affects all threads: two overlapping uses would leave them silenced."""
-
-
-def ratio_of_means(change: NDArray[np.float64], gap: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-    """Return the mean change over the mean gap along the axis of the pairs."""
-    result: NDArray[np.float64] = change.mean(axis) / gap.mean(axis)
-    return result
-
 
 def expanded(pairs: int) -> float:
-    """Return the confidence level to pass to the percentile bootstrap for a 95 % interval over this many pairs.
+    """Return the confidence level of the percentile interval that is a 95 % interval over this many pairs.
 
     The percentile interval of few pairs is too narrow. Hesterberg's expanded percentile interval corrects this as Student's t
     does for the normal distribution: tail alpha' = Phi(-sqrt(n / (n - 1)) t_{1 - alpha/2, n - 1}) (2015, The American
@@ -86,26 +77,51 @@ def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[n
     """
     rows, pairs = change.shape
     result, known = np.full((rows, 2), np.nan), np.flatnonzero(~np.isnan(change).any(axis=1))
-    if pairs < 2:
+    if pairs < 2 or not len(known):
         return result
-    for some in (known[start : start + CHUNK] for start in range(0, len(known), CHUNK)):
-        part = change[some]
-        part_gap = np.broadcast_to(gap if gap.ndim == 1 else gap[some], part.shape)
-        with _one_at_a_time, np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DegenerateDataWarning)  # a resample may hold only gaps that cancel, which gives NaN
-            found = bootstrap(
-                (part, part_gap),
-                ratio_of_means,
-                paired=True,
-                vectorized=True,
-                axis=-1,
-                n_resamples=RESAMPLES,
-                confidence_level=expanded(pairs),
-                method="percentile",
-                rng=np.random.default_rng(SEED),
-            )
-        result[some] = np.stack([found.confidence_interval.low, found.confidence_interval.high], -1)
+    drawn = np.random.default_rng(SEED).integers(0, pairs, (RESAMPLES, pairs))
+    cells = np.bincount((drawn * RESAMPLES + np.arange(RESAMPLES)[:, None]).ravel(), minlength=pairs * RESAMPLES)
+    times = cells.reshape(pairs, RESAMPLES).astype(np.float64)
+    tail = (1 - expanded(pairs)) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may hold only gaps that cancel, which gives NaN
+        gaps = _resampled(gap[None], drawn, times) if gap.ndim == 1 else None
+        for some in (known[start : start + CHUNK] for start in range(0, len(known), CHUNK)):
+            ratios = _resampled(change[some], drawn, times)
+            ratios /= _resampled(gap[some], drawn, times) if gaps is None else gaps
+            result[some] = _quantiles(ratios, np.array([tail, 1 - tail]))
     return result
+
+
+def _resampled(values: NDArray[np.float64], drawn: NDArray[np.int64], times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean of each row over each resample of the pairs, `[rows, resamples]`.
+
+    The product skips the pairs in which a row is 0, and the result of a row does not depend on the other rows.
+
+    Args:
+        values: one value per row and pair, `[rows, pairs]`.
+        drawn: the pairs of each resample, `[resamples, pairs]`.
+        times: how often each pair is in each resample, `[pairs, resamples]`.
+    """
+    sums: NDArray[np.float64] = csr_array(values) @ times
+    infinite = np.isinf(values).any(axis=1)
+    sums[infinite] = values[infinite][:, drawn].sum(axis=-1)  # in the product, infinity times 0 would be NaN
+    sums /= values.shape[1]
+    return sums
+
+
+def _quantiles(values: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return these quantiles of each row, interpolated linearly, `[rows, shares]`; NaN if a value of the row is missing.
+
+    The values are sorted in place.
+    """
+    values.sort(axis=1)
+    count = values.shape[1]
+    rank = shares * count + (1 - shares)
+    below = np.floor(rank).astype(np.int64) - 1
+    part, above = rank % 1, np.minimum(below + 1, count - 1)
+    ends: NDArray[np.float64] = (1 - part) * values[:, below] + part * values[:, above]
+    ends[np.isnan(values[:, -1])] = np.nan
+    return ends
 
 
 FLIPS = 9_999

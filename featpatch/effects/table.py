@@ -138,8 +138,9 @@ class Effects(Measured):
             True
         """
         runs = {"recovery": self.denoised, "degradation": self.noised}
-        missing = np.any([np.isnan(runs[effect]) for effect in self.directions_run()], axis=0)
-        return self.take(np.setdiff1d(np.arange(len(self)), self.row[missing]))
+        known = np.ones(len(self), dtype=bool)
+        known[self.row[np.any([np.isnan(runs[effect]) for effect in self.directions_run()], axis=0)]] = False
+        return self.take(known)
 
     def with_threshold(self, threshold: float) -> "Effects":
         """Return the same table with another threshold for its quadrants, used in all tables, files and reports made from it.

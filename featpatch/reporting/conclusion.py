@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 
@@ -27,15 +28,18 @@ MANY_ROWS = 100
 WORDS = {"all_features": "all features", "error": "error term"}
 
 
-def short_names(nodes: Sequence[Node]) -> list[str]:
+def short_names(nodes: Sequence[Node], among: Sequence[Node] = ()) -> list[str]:
     """Return a short name per node, such as `L3 resid_post #160 @ end`.
 
     The name of the SAE is added where several SAEs of these nodes write to the same hook point.
+
+    Args:
+        nodes: the nodes.
+        among: further nodes whose SAEs the names must tell apart.
     """
     saes: dict[str, set[str]] = {}
-    for node in nodes:
-        if node.sae:
-            saes.setdefault(node.site, set()).add(node.sae)
+    for site, sae in {(node.site, node.sae) for node in (*nodes, *among) if node.sae}:
+        saes.setdefault(site, set()).add(sae)
     return [_short(node, len(saes.get(node.site, ())) > 1) for node in nodes]
 
 
@@ -76,15 +80,20 @@ class Conclusion:
     caveats: tuple[str, ...]
 
 
-def concluded(effects: Effects) -> Conclusion:
-    """Return the conclusion of a table: every number is one of the table's, and nothing undecided is called decided."""
+def concluded(effects: Effects, rows: Effects) -> Conclusion:
+    """Return the conclusion of a table: every number is one of the table's, and nothing undecided is called decided.
+
+    Args:
+        effects: the table.
+        rows: its `strongest` rows.
+    """
     if not measurable(effects):
         return Conclusion(
             f"{effects.metadata['metric']} is on average the same on clean and on corrupted prompts, so there is no behaviour "
             "to attribute; choose corruptions that change the answer.",
             (),
         )
-    caveats, rows, noun = _caveats(effects), strongest(effects), noun_of(effects)
+    caveats, noun = _caveats(effects), noun_of(effects)
     if not len(rows):
         return Conclusion(f"No {noun} differs between the clean and the corrupted runs at these positions.", caveats)
     return Conclusion(_answer(effects, rows, noun), caveats)
@@ -98,14 +107,17 @@ def measurable(effects: Effects) -> bool:
 
 
 def strongest(effects: Effects) -> Effects:
-    """Return the ranked rows whose values are all known, ordered by the size of the larger effect, largest first."""
-    rows = effects.take(effects.ranked).known()
+    """Return the ranked rows whose values are all known, ordered by the size of the larger effect, largest first.
+
+    There are none if the effects are not `measurable`.
+    """
+    rows = effects.take(effects.ranked).known() if measurable(effects) else effects.take([])
     return rows.take(np.argsort(-rows.sizes(), kind="stable"))
 
 
 def noun_of(effects: Effects) -> str:
     """Return what the ranked rows are, in the singular."""
-    kinds = {node.kind for node in effects.take(effects.ranked).nodes}
+    kinds = {node.kind for node in compress(effects.nodes, effects.ranked)}
     return kinds.pop() if len(kinds) == 1 and kinds <= {*RANKED} else "node"
 
 

@@ -101,9 +101,10 @@ ROWS = 20_000
 
 def page_of(effects: Effects, material: Material, components: Effects | None) -> str:
     """Return the report as the content of an HTML file."""
-    found: list[Section | None] = [_answer(effects, material)]
+    rows = strongest(effects)
+    found: list[Section | None] = [_answer(effects, rows, material)]
     if measurable(effects):
-        found += [_features(effects, material), _maps(effects, components), _quadrants(effects), _sites(effects)]
+        found += [_features(effects, material), _maps(effects, components), _quadrants(rows), _sites(effects)]
     found += [Section(f"figure-{n}", title, "", [chart]) for n, (title, chart) in enumerate(material.figures.items())]
     found += material.sections
     if measurable(effects):
@@ -136,16 +137,15 @@ def _subtitle(effects: Effects) -> str:
     return f"{value.capitalize()} effects of {counted(effects.rows_ranked, noun)}{route}{at}, over {over}, {unit}"
 
 
-def _answer(effects: Effects, material: Material) -> Section:
+def _answer(effects: Effects, rows: Effects, material: Material) -> Section:
     """Return the first screen: conclusion, the metric's two numbers, and a chart of the largest effects."""
-    said, metric = concluded(effects), effects.metadata["metric"]
+    said, metric = concluded(effects, rows), effects.metadata["metric"]
     figures = [(f"{metric}, clean", f"{effects.clean.mean():.3g}")]
     if effects.has_gap:
         figures.append((f"{metric}, corrupted", f"{effects.corrupted.mean():.3g}"))
         figures.append(("gap (100 %)", f"{effects.gap.mean():.3g}"))
     answer = " ".join(filter(None, (said.answer, material.together)))
     blocks = [block("answer.html", answer=answer, figures=figures)]
-    rows = strongest(effects) if measurable(effects) else effects.take([])
     if len(rows):
         blocks.append(_chart(rows.take(np.arange(min(FIRST, len(rows)))), material))
     if said.caveats:
@@ -309,25 +309,26 @@ def _of_pairs(rows: Sequence[tuple[str, Any]]) -> Block:
     return Markup('<div class="narrow">{}</div>').format(strips(rows, [f"pair {n}" for n in range(len(rows[0][1]))]))
 
 
-def _quadrants(effects: Effects) -> Section | None:
-    run = effects.directions_run()
+def _quadrants(rows: Effects) -> Section | None:
+    """Return a chart of both effects of the strongest rows."""
+    run = rows.directions_run()
     if len(run) < 2:
         return None
-    rows = strongest(effects)
-    labels, names = np.array(rows.quadrants()), short_names(rows.nodes)
+    labels = np.array(rows.quadrants())
     x, y = rows.pooled("recovery"), rows.pooled("degradation")
     apart = [label for label, _ in SERIES]
-    others = np.flatnonzero(~np.isin(labels, apart))
-    named = set(np.flatnonzero(np.isin(labels, apart))[:NAMED].tolist())
+    marked, others = (np.flatnonzero(np.isin(labels, apart, invert=invert)) for invert in (False, True))
+    names = dict(zip(marked.tolist(), short_names([rows.nodes[n] for n in marked], among=rows.nodes), strict=True))
+    named = set(marked[:NAMED].tolist())
     series = []
     for label, name in SERIES:
-        at = np.flatnonzero(labels == label)
-        series.append(Points(name, x[at].tolist(), y[at].tolist(), [names[n] for n in at], named=len(named & set(at.tolist()))))
+        at = np.flatnonzero(labels == label).tolist()
+        series.append(Points(name, x[at].tolist(), y[at].tolist(), [names[n] for n in at], named=len(named & set(at))))
     thresholds = [_thresholds(rows, effect) for effect in run]
     text = (
         "Further right: restores more of the behaviour on its own (sufficient?). Further up: more of the behaviour is lost "
         "without it (necessary?). A low degradation can hide a backup that becomes active only when the feature is ablated. "
-        + _said(thresholds, effects.threshold)
+        + _said(thresholds, rows.threshold)
     )
     grey = Points("undecided or below the threshold", x[others].tolist(), y[others].tolist())
     chart = points([*series, grey], "recovery (denoising)", "degradation (noising)", lines=(thresholds[0], thresholds[1]))
@@ -411,14 +412,14 @@ def _map(effects: Effects, kind: str) -> Block:
     rows = effects.take([row for row, node in enumerate(effects.nodes) if node.kind == kind])
     chosen = rows.directions_run()[0]
     cells: dict[tuple[str, str], float] = {}
-    for node, value in zip(rows.nodes, rows.pooled(chosen), strict=True):
-        key = sites.short(node.site), str(node.position)
-        cells[key] = cells.get(key, 0.0) + float(value)
-    lines = list(dict.fromkeys(map(sites.short, sorted({node.site for node in rows.nodes}, key=_height))))
+    lines = {site: sites.short(site) for site in sorted({node.site for node in rows.nodes}, key=_height)}
+    for node, value in zip(rows.nodes, rows.pooled(chosen).tolist(), strict=True):
+        key = lines[node.site], str(node.position)
+        cells[key] = cells.get(key, 0.0) + value
     columns = list(dict.fromkeys(str(node.position) for node in rows.nodes))
     names = {"activation": "whole activations", "head": "sum over heads", "feature": "sum over features"}
-    values = [[cells.get((line, column)) for column in columns] for line in lines]
-    return grid(values, lines, columns, title=f"{names[kind]}: {rows.titled(chosen)}")
+    values = [[cells.get((line, column)) for column in columns] for line in dict.fromkeys(lines.values())]
+    return grid(values, list(dict.fromkeys(lines.values())), columns, title=f"{names[kind]}: {rows.titled(chosen)}")
 
 
 def _stability(effects: Effects) -> Section | None:

@@ -15,6 +15,7 @@ from small import Small
 from test_sets import SITE, pairs_of
 
 import featpatch as fp
+from featpatch.page.charts import grid
 from featpatch.page.page import write
 from featpatch.reporting.conclusion import Conclusion, concluded, short_names, strongest
 from featpatch.reporting.sections import Material, PairText, _shown, page_of
@@ -449,3 +450,8 @@ def test_errors(study: dict[str, Any], tmp_path: Path) -> None:
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             call()
+
+
+def test_a_grid_has_empty_cells_where_nothing_is_known() -> None:
+    table = grid([[1.0, None], [float("nan"), float("inf")]], ["a", "b"], ["c", "d"], title="")
+    assert str(table).count('class="none"') == 3

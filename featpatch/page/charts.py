@@ -199,18 +199,19 @@ def grid(values: Sequence[Sequence[float | None]], rows: Sequence[str], columns:
     """Return a table whose cells are coloured by their values, blue for positive and orange for negative ones.
 
     Args:
-        values: the value of every cell, by row; None where there is none.
+        values: the value of every cell, by row; None where there is none. A value that is not finite has an empty cell too.
         rows: the names of the rows.
         columns: the names of the columns.
         title: the caption.
     """
-    largest = max((abs(value) for line in values for value in line if value is not None and math.isfinite(value)), default=0.0)
+    finite = [[None if value is None or not math.isfinite(value) else value for value in line] for line in values]
+    largest = max((abs(value) for line in finite for value in line if value is not None), default=0.0)
     lines = [
         (
             name,
             [(None, 0) if value is None else (round(value, 2) + 0.0, round(100 * value / (largest or 1.0))) for value in line],
         )
-        for name, line in zip(rows, values, strict=True)
+        for name, line in zip(rows, finite, strict=True)
     ]
     return block("grid.html", lines=lines, columns=columns, title=title)
 

@@ -19,6 +19,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -171,10 +172,11 @@ def main() -> None:
     else:
         of_eap, name = TheirScores(model), "EAP-IG"
         of_eap.estimates(clean[:1], corrupted[:1])
-        found = {
-            count: timed(lambda count=count: of_eap.estimates(clean[:count], corrupted[:count])) for count in options.pairs
+        found = {count: timed(partial(of_eap.estimates, clean[:count], corrupted[:count])) for count in options.pairs}
+        theirs = {
+            count: (np.array([of_eap.of(scores, edge) for edge in items]), seconds, peak)
+            for count, (scores, seconds, peak) in found.items()
         }
-        theirs = {n: (np.array([of_eap.of(scores, edge) for edge in items]), *cost) for n, (scores, *cost) in found.items()}
     print(f"{options.shape}, {options.tokens} tokens, {len(items):,} edges, one CPU thread\n")
     print(f"| pairs | featpatch | | {name} | | | largest difference |\n|---|---|---|---|---|---|---|")
     for count, (scores, seconds, peak) in ours.items():
@@ -211,7 +213,7 @@ def at_limit(count: int) -> str:
     circuit, seconds, _ = timed(lambda: fp.find_circuit(demo.model, pairs, size=40, progress=False))
     assert circuit.metadata["scores"] == "exact"
     run: dict[str, Any] = {"scores": "exact", "size": 40, "progress": False}
-    corrupted, mean = (timed(lambda to=to: fp.find_circuit(demo.model, few, to=to, **run))[1] for to in ("corrupted", "mean"))
+    corrupted, mean = (timed(partial(fp.find_circuit, demo.model, few, to=to, **run))[1] for to in ("corrupted", "mean"))
     return (
         f"Exact scores of the {len(circuit.graph.items):,} edges of the shipped model over {count} pairs "
         f"({exact_work(circuit.graph):.3g} multiply-adds, just below the limit of {EXACT_WORK:.0e}) take {seconds:.0f} s on "

@@ -5,8 +5,9 @@
 Each study first runs without faults. Then it runs with a journal in child processes, forks of this one, with one to three
 faults injected, until a last process finishes it. Its table must equal that of the run without faults: the same nodes, and
 values that are bit-identical, or within `TOLERANCE` if memory ran out, which leads to smaller batches, or if it ran on Ray. A
-batch that a process has written must stay in the journal, which this script reads with code of its own. Meanwhile this process
-also runs sweeps with faults, and its memory is measured. The test continues until every fault has occurred.
+batch that a process has written must stay in the journal, which this script reads with code of its own, and no other process
+may run it again. Meanwhile this process also runs sweeps with faults, and its memory is measured. The test continues until
+every fault has occurred.
 """
 
 import argparse
@@ -26,10 +27,11 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -49,15 +51,21 @@ from featpatch.engine.suffix import SuffixPath
 from featpatch.engine.sweep import Sweep
 
 SITES = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"]
-TOLERANCE = {"float64": 1e-12, "float32": 1e-6}
-"""The accepted difference as a share of the largest value of a table (of 1 if that is larger), by dtype, for a model of width
-16; it grows in proportion to the width, because rounding errors add up."""
+TOLERANCE = 32
+"""The accepted difference of values that were computed in different batches, as a share of the largest value of a table (of 1
+if that is larger), in units of the dtype's precision `torch.finfo(dtype).eps`.
+
+Matrix products of other sizes round differently: 1,759 studies without faults, run again with smaller batches, differed by up
+to 15 units.
+"""
 FAULTS = {
     "memory refused": "", "memory limited": "single patch", "killed": "", "Ctrl-C": "KeyboardInterrupt", "NaN": "NaN",
     "disk full": "can't be written", "file too large": "can't be written", "truncated": "", "written twice": "",
     "a byte flipped": "first line is damaged", "clock jumps": "", "two at once": "in use by another process",
 }  # fmt: skip
 """The faults, each with a pattern for the error message with which a process may end because of it."""
+WRONG = ("batches lost", "batches run again", "rows lost", "rows that differ")
+"""The counts that must be zero at the end."""
 WARM = 20
 """The number of sweeps in this process after which its memory is measured."""
 LONGER = 8
@@ -79,7 +87,7 @@ class Model:
         generator = torch.Generator().manual_seed(width)
         config = HookedTransformerConfig(
             n_layers=3, d_model=width, n_ctx=16, d_head=width // 4, n_heads=4, d_mlp=4 * width, d_vocab=40, act_fn="gelu",
-            dtype=getattr(torch, kind), seed=1, initializer_range=0.3,
+            dtype=getattr(torch, kind), seed=1, initializer_range=1.2 / width**0.5,
         )  # fmt: skip
         saes = [StandardSAE(StandardSAEConfig(width, 24, kind, metadata=SAEMetadata(hook_name=site))) for site in SITES]
         for parameter in (each for sae in saes for each in sae.parameters()):
@@ -128,8 +136,7 @@ class Study:
     @property
     def tolerance(self) -> float:
         """The accepted difference of values that were computed in different batches."""
-        config = self.model.model.cfg
-        return TOLERANCE[str(config.dtype).removeprefix("torch.")] * config.d_model / 16
+        return TOLERANCE * torch.finfo(self.model.model.cfg.dtype).eps
 
 
 def entries(effects: fp.Effects) -> dict[Any, tuple[float, float]]:
@@ -215,16 +222,15 @@ def no_memory(number: int, met: Callable[[], object], limited: bool) -> Iterator
 
 @contextmanager
 def poisoned(number: int, met: Callable[[], object]) -> Iterator[None]:
-    """Set an activation of one batch to NaN at the patched hook point."""
+    """Set the first changed row of one batch to NaN where it enters the forward pass."""
     original = SuffixPath._enter
 
-    def enter(path: Any, *arguments: Any) -> Any:
-        layer, changed = original(path, *arguments)
+    def enter(path: Any, place: Any, matrix: Any) -> Any:
+        start, rows, x = original(path, place, matrix)
         if calls["batches"] != number:
-            return layer, changed
+            return start, rows, x
         met()
-        first = replace(changed[0], values=changed[0].values.index_fill(0, torch.tensor(0), torch.nan))
-        return layer, [first, *changed[1:]]
+        return start, rows, x.index_fill(0, torch.tensor(0), torch.nan)
 
     with counted() as calls, patch.object(SuffixPath, "_enter", enter):
         yield
@@ -335,6 +341,7 @@ class Trial:
         seconds: the duration of the run without faults.
         exact: whether the result must be bit-identical.
         written: the batches that the journal must hold.
+        noted: those of them that the processes checked so far have noted, which no other process may run.
         runs: the number of processes that were started.
     """
 
@@ -346,6 +353,7 @@ class Trial:
     seconds: float
     exact: bool = True
     written: set[str] = field(default_factory=set)
+    noted: set[str] = field(default_factory=set)
     runs: int = 0
 
     @classmethod
@@ -395,6 +403,7 @@ class Trial:
             content = 2 * content
         self.journal.write_bytes(content)
         self.written = keys_of(self.journal)
+        self.noted &= self.written
 
 
 class Soak:
@@ -461,16 +470,17 @@ class Soak:
         """Check the files of a child process; return whether its fault occurred, and whether its table is finished."""
         process.join()
         noted, error, table = (folder / each for each in ("noted", "error", "table"))
-        trial.written |= {*noted.read_text().split()} if noted.exists() else set()
+        ran = noted.read_text().split() if noted.exists() else []
+        self.counts["batches run again"] += len(ran) - len({*ran} - trial.noted)
         left = keys_of(trial.journal)
-        self.counts["batches lost"] += len(trial.written - left)
-        trial.written = left
+        self.counts["batches lost"] += len((trial.written | {*ran}) - left)
+        trial.written, trial.noted = left, (trial.noted | {*ran}) & left
         said = error.read_text() if error.exists() else ""
         if said and not (FAULTS.get(name) and re.search(FAULTS[name], said)):
             self.problems.append(f"{name}: {said}")
         if "first line is damaged" in said:
             trial.journal.unlink()
-            trial.written = set()
+            trial.written, trial.noted = set(), set()
         if table.exists():
             found = pickle.loads(table.read_bytes())
             self.check(trial, found, trial.exact)
@@ -564,7 +574,7 @@ class Soak:
     def report(self) -> str:
         """Return a summary in one line."""
         before, after, slope = (each / 2**20 for each in self.growth())
-        keys = ("studies", "on Ray", "restarts", "patches", "sweeps here", "batches lost", "rows lost", "rows that differ")
+        keys = ("studies", "on Ray", "restarts", "patches", "sweeps here", *WRONG)
         numbers = ", ".join(f"{key} {self.counts[key]:,}" for key in keys)
         return (
             f"{numbers}; memory {before:.1f} to {after:.1f} MB, {slope:+.2f} MB per 1,000 sweeps; problems {len(self.problems)}"
@@ -593,7 +603,7 @@ def soak(minutes: float, seed: int, folder: Path, growth: float, ray: bool) -> b
     before, after, _ = run.growth()
     print(f"{(now() - started) / 60:.1f} min: {run.report()}", *run.problems[:20], sep="\n")
     print("faults met: " + ", ".join(f"{name} {run.met[name]}" for name in sorted(run.met) if name != "none"))
-    wrong = [key for key in ("batches lost", "rows lost", "rows that differ") if run.counts[key]] + run.problems + run.unmet()
+    wrong = [key for key in WRONG if run.counts[key]] + run.problems + run.unmet()
     fine = not wrong and after - before <= growth * 2**20
     if fine:
         print(run.told())
@@ -612,6 +622,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("error", fp.SlowPathWarning)  # a fault that breaks the fast path would look like rounding errors
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         fine = soak(options.minutes, options.seed, Path(folder), options.growth, options.ray)
     print("all was well" if fine else "NOT WELL")

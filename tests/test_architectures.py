@@ -3,7 +3,7 @@
 import random
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import jaxtyping
 import oracle
@@ -20,6 +20,7 @@ import featpatch as fp
 from featpatch import sites
 from featpatch.engine import suffix
 from featpatch.engine.cost import plain_flops
+from featpatch.engine.patches import Block
 from featpatch.engine.path import PlainPath
 from featpatch.engine.suffix import SuffixPath
 from featpatch.model.layer import UnsupportedError
@@ -185,19 +186,19 @@ def test_operations_of_the_plain_path(name: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     model = (BRIDGES | HOOKED)[name]()
     cfg, run = model.cfg, SimpleNamespace(tokens=torch.arange(7))
-    unit: Any = SimpleNamespace(
-        block=SimpleNamespace(deltas={"blocks.0.hook_resid_pre": None}, run=run), patches=torch.arange(3)
-    )
+
+    def unit(site: str) -> Any:
+        return Block("", cast(Any, run), {site: cast(Any, None)}, torch.arange(3))
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(run.tokens[None])
     others = 2 * 6 * cfg.d_model * cfg.d_vocab_out + cfg.n_layers * 4 * 7 * 7 * cfg.n_heads * cfg.d_head
-    assert plain_flops(wrap(model), unit) == 3 * (counter.get_total_flops() - others)
-    unit.block.deltas = {"blocks.1.hook_resid_pre": None}
-    above = plain_flops(wrap(model), unit)
-    unit.block.deltas = {"blocks.0.hook_resid_pre": None}
+    whole = plain_flops(wrap(model), unit("blocks.0.hook_resid_pre"))
+    assert whole == 3 * (counter.get_total_flops() - others)
+    above = plain_flops(wrap(model), unit("blocks.1.hook_resid_pre"))
     share = 1 - 1 / cfg.n_layers
     head = 3 * 2 * cfg.d_model * cfg.d_vocab_out
-    assert above - head == pytest.approx(share * (plain_flops(wrap(model), unit) - head))
+    assert above - head == pytest.approx(share * (whole - head))
 
 
 def test_attention_without_separate_weights_is_not_for_the_fast_path() -> None:

@@ -155,7 +155,7 @@ STEER = ("steer", "--sae", "nowhere/at-all", "--prompt", "a", "--feature", "1")
         (("stream", *RANK[1:], "--metric", "a"), "--metric a: expected one of logit_diff"),
         (
             (*RANK, "--metric", "prob", "--metric", "sequence_log_prob"),
-            "--metric prob --metric sequence_log_prob: expected each",
+            "--metric prob --metric sequence_log_prob: expected metrics of answers of several tokens",
         ),
         ((*RANK, "--metric", "neg_rank", "--method", "atp"), "expected one of logit_diff"),
         (

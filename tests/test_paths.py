@@ -262,9 +262,11 @@ def test_errors(small: Small) -> None:
 def test_a_sender_that_never_changes_is_pointed_out(bridge: Small) -> None:
     """Position 0 is before the first difference."""
     senders = [fp.Node("blocks.0.attn.hook_z", "head", 0, position) for position in (0, 6)]
-    with pytest.warns(FeatpatchWarning, match=r"1 sender without rows \(blocks.0.attn.hook_z head 0 @ 0\): the same"):
-        paths = fp.rank_paths(bridge.model, pairs_of(bridge), senders=senders, receivers=["logits"], progress=False)
-    assert [edge.sender for edge in paths.nodes] == senders[1:]
+    options: dict[str, Any] = {"receivers": ["logits"], "progress": False}
+    with pytest.warns(FeatpatchWarning, match=r"no rows, because blocks.0.attn.hook_z head 0 @ 0 is the same in both runs"):
+        assert not len(fp.rank_paths(bridge.model, pairs_of(bridge), senders=senders[:1], **options))
+    paths = fp.rank_paths(bridge.model, pairs_of(bridge), senders=senders, **options)
+    assert [edge.sender for edge in paths.nodes if isinstance(edge, fp.Edge)] == senders[1:]
 
 
 def test_hooks_of_the_user_are_refused() -> None:

@@ -61,18 +61,25 @@ class Deltas:
 
     @classmethod
     def joined(cls, several: Sequence["Deltas"]) -> "Deltas":
-        """Return the patches of several deltas, one after the other; directions that they share are kept once."""
-        tables = {(deltas.directions.data_ptr(), len(deltas.directions)): deltas.directions for deltas in several}
+        """Return the patches of several deltas, one after the other, on the device of the first.
+
+        Directions that they share are kept once.
+        """
+        device = several[0].directions.device
+
+        def key(deltas: Deltas) -> tuple[torch.device, int, int]:
+            return deltas.directions.device, deltas.directions.data_ptr(), len(deltas.directions)
+
+        tables = {key(deltas): deltas.directions for deltas in several}
         rows = dict(zip(tables, accumulate(map(len, tables.values()), initial=0), strict=False))
         patches = [*accumulate((deltas.patches for deltas in several), initial=0)]
-        direction = [deltas.direction + rows[deltas.directions.data_ptr(), len(deltas.directions)] for deltas in several]
         return cls(
             patches=patches.pop(),
             patch=torch.cat([deltas.patch + before for deltas, before in zip(several, patches, strict=True)]),
             position=torch.cat([deltas.position for deltas in several]),
-            direction=torch.cat(direction),
-            coefficient=torch.cat([deltas.coefficient for deltas in several]),
-            directions=torch.cat([*tables.values()]),
+            direction=torch.cat([deltas.direction + rows[key(deltas)] for deltas in several]),
+            coefficient=torch.cat([deltas.coefficient.to(device) for deltas in several]),
+            directions=torch.cat([table.to(device) for table in tables.values()]),
         )
 
     @cached_property

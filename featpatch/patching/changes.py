@@ -210,11 +210,10 @@ class Swap:
 
 
 def joined(swaps: Sequence[Swap]) -> list[Swap]:
-    """Return the swaps with those joined that are made at the same hook points, in the same way and on one device."""
-    alike: dict[Any, list[Swap]] = {}
+    """Return the swaps with those joined that are made at the same hook points and mean the same."""
+    alike: dict[tuple[str, ...], list[Swap]] = {}
     for swap in swaps:
-        tables = [deltas.directions for ways in swap.deltas.values() for deltas in ways.values()]
-        alike.setdefault((*swap.deltas, swap.combine, *((table.dtype, table.device) for table in tables)), []).append(swap)
+        alike.setdefault((*swap.deltas, swap.combine), []).append(swap)
     return [
         Swap(
             tuple(node for swap in some for node in swap.nodes),

@@ -285,7 +285,8 @@ def rank_paths(
     run = partial(Study.run, journal=journal, progress=progress, executor=executor)
     if not isinstance(chosen, Screen):
         effects = run(study)
-        _warn_of_the_unchanged(effects, part)
+        if not len(effects) and effects.finished:
+            _warn_of_the_unchanged(part)
         return effects
 
     def study_of(only: frozenset[Node]) -> Study:
@@ -359,15 +360,12 @@ def gradients_of(
     return method
 
 
-def _warn_of_the_unchanged(effects: Effects, part: EdgePart) -> None:
-    """Warn of senders that have no rows, because they are the same in both runs of every pair."""
-    changed = {edge.sender for edge in effects.nodes if isinstance(edge, Edge)}
-    sending = {sender for of_receiver in part.edges.values() for sender in of_receiver}
-    absent = [str(node) for node in part.senders.nodes if node in sending - changed]
-    if absent and effects.finished:
-        warnings.warn(
-            f"{counted(len(absent), 'sender')} without rows ({listed(absent, 3)}): the same in both runs of every pair, so "
-            "that no path from there has an effect",
-            FeatpatchWarning,
-            stacklevel=3,
-        )
+def _warn_of_the_unchanged(part: EdgePart) -> None:
+    """Warn that no path has an effect, because no sender differs between the runs of any pair."""
+    senders = listed(list(map(str, part.senders.nodes)), 3)
+    warnings.warn(
+        f"the table has no rows, because {senders} is the same in both runs of every pair: expected a sender that differs; "
+        "choose another position or other senders",
+        FeatpatchWarning,
+        stacklevel=3,
+    )

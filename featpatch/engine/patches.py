@@ -79,7 +79,7 @@ class Deltas:
             position=torch.cat([deltas.position for deltas in several]),
             direction=torch.cat([deltas.direction + rows[key(deltas)] for deltas in several]),
             coefficient=torch.cat([deltas.coefficient.to(device) for deltas in several]),
-            directions=torch.cat([table.to(device) for table in tables.values()]),
+            directions=several[0].directions if len(tables) == 1 else torch.cat([each.to(device) for each in tables.values()]),
         )
 
     @cached_property

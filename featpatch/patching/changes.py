@@ -45,6 +45,7 @@ class Difference:
         moved: the change that each entry makes alone, `[entries, d_out]`, if features have no fixed direction; otherwise None.
         features, error: the change that all features make, and the change that the error makes; 0 before the first differing
             token.
+        directions: decoder directions, and for each entry its row of these and whether it is not 0, see `with_directions`.
     """
 
     dictionary: Dictionary
@@ -54,6 +55,7 @@ class Difference:
     moved: Mapping[Direction, Float[torch.Tensor, "entries d_out"]] | None
     features: Change
     error: Change
+    directions: tuple[torch.Tensor, Int[torch.Tensor, " entries"], Bool[torch.Tensor, " entries"]] | None = None
 
     @classmethod
     def of(cls, dictionary: Dictionary, ways: Ways, first: int) -> "Difference":
@@ -97,15 +99,6 @@ class Difference:
         once = sum(int((self.position == position).sum()) for position in alone)
         return once + sum(map(len, several))
 
-    @cached_property
-    def directions(
-        self,
-    ) -> tuple[Float[torch.Tensor, "n d_out"], Int[torch.Tensor, " entries"], Bool[torch.Tensor, " entries"]]:
-        """The decoder directions of the features that differ, the row of each entry's, and a mask of those that are not 0."""
-        features, row = self.feature.unique(return_inverse=True)
-        directions = self.dictionary.directions(features)
-        return directions, row, (directions != 0).any(1).cpu()[row]
-
     def deltas(self, entries: torch.Tensor, patch: torch.Tensor, patches: int) -> dict[Direction, Deltas]:
         """Return the deltas that some entries make, except those that add nothing because their direction is zero.
 
@@ -118,6 +111,7 @@ class Difference:
         if self.moved is not None:
             moved = {way: of_way[entries.to(of_way.device)] for way, of_way in self.moved.items()}
             return {way: Deltas.explicit(patch, where, values, patches) for way, values in moved.items()}
+        assert self.directions is not None
         directions, row, moving = self.directions
         some = moving[entries]
         patch, where, entries = patch[some], where[some], entries[some]
@@ -125,6 +119,23 @@ class Difference:
             way: Deltas(patches, patch, where, row[entries], value[entries.to(value.device)], directions)
             for way, value in self.value.items()
         }
+
+
+def with_directions(differences: Sequence[Difference]) -> list[Difference]:
+    """Return the differences of some pairs with the decoder directions of their features, computed once for all pairs.
+
+    Features of which a unit does not always add the same direction have none.
+    """
+    if not differences or differences[0].moved is not None:
+        return list(differences)
+    features, row = torch.cat([difference.feature for difference in differences]).unique(return_inverse=True)
+    directions = differences[0].dictionary.directions(features)
+    moving = (directions != 0).any(1).cpu()[row]
+    sizes = [len(difference.feature) for difference in differences]
+    return [
+        replace(difference, directions=(directions, *of_pair))
+        for difference, *of_pair in zip(differences, row.split(sizes), moving.split(sizes), strict=True)
+    ]
 
 
 def split_ways(dictionary: Dictionary, ways: Ways, first: int) -> dict[Direction, tuple[Split, Split]]:

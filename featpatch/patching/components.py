@@ -20,7 +20,7 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Direction, Node, Position
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.changes import Part, Swap, count_whole, feature_swaps, whole_change, whole_swaps
+from featpatch.patching.changes import Part, Swap, count_whole, feature_swaps, whole_change, whole_swaps, with_directions
 from featpatch.patching.features import DictionaryPart
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
@@ -261,7 +261,8 @@ class NeuronPart(DictionaryPart):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair, one per requested position."""
-        return [feature_swaps(self.difference(run), run.wanted, self._naming) for run in runs]
+        found = with_directions([self.difference(run) for run in runs])
+        return [feature_swaps(each, run.wanted, self._naming) for each, run in zip(found, runs, strict=True)]
 
     def count(self, run: PairRuns) -> int:
         """Return the number of neurons and requested positions at which the runs differ."""

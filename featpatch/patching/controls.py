@@ -12,7 +12,7 @@ from featpatch.errors import FeatpatchError, check_numbers, decimal
 from featpatch.metrics import Metrics
 from featpatch.nodes import DIRECTIONS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Difference, Swap
+from featpatch.patching.changes import Difference, Swap, with_directions
 from featpatch.patching.features import DictionaryPart, single_study
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options
@@ -142,8 +142,9 @@ class RandomPart(DictionaryPart):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair in which the feature differs, and none for other pairs."""
-        units = self._units(next(iter(self.difference(runs[0]).value.values())))
-        return [self._of_pair(run, self.difference(run), units) for run in runs]
+        found = with_directions([self.difference(run) for run in runs])
+        units = self._units(next(iter(found[0].value.values())))
+        return [self._of_pair(run, difference, units) for run, difference in zip(runs, found, strict=True)]
 
     def _of_pair(self, run: PairRuns, difference: Difference, units: torch.Tensor) -> list[Swap]:
         entries = difference.at(run.wanted[self.position])

@@ -1,6 +1,6 @@
 """Studies of SAE features: single features, all features together, error terms and whole activations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from featpatch.patching.changes import (
     joined,
     whole_change,
     whole_swaps,
+    with_directions,
 )
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
@@ -70,7 +71,8 @@ class FeaturePart(Part):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair: features, all features and error by dictionary, then the whole activations."""
-        each = [self._of_pair(run) for run in runs]
+        found = {d.name: with_directions([self._differences(run)[d.name] for run in runs]) for d in self.dictionaries}
+        each = [self._of_pair(run, {name: of_pairs[n] for name, of_pairs in found.items()}) for n, run in enumerate(runs)]
         return each if self.only is None else [[swap.keep(self.only) for swap in of_pair] for of_pair in each]
 
     def count(self, run: PairRuns) -> int:
@@ -80,14 +82,13 @@ class FeaturePart(Part):
         total = sum(count_whole(changes, run.wanted) for _, _, changes, _, _ in self._whole(run))
         return total + sum(difference.count(run.wanted) for difference in self._differences(run).values())
 
-    def _of_pair(self, run: PairRuns) -> list[Swap]:
+    def _of_pair(self, run: PairRuns, found: Mapping[str, Difference]) -> list[Swap]:
         swaps: list[Swap] = []
         for dictionary in self.dictionaries:
-            found = self._differences(run)[dictionary.name]
-            swaps += feature_swaps(found, run.wanted, dictionary.node, self._meaning(dictionary))
-        for site, kind, changes, sae, combine in self._whole(run):
-            swaps.append(whole_swaps(site, kind, changes, run.wanted, sae, combine))
-        return joined(swaps)
+            meant = self._meaning(dictionary)
+            swaps += joined(feature_swaps(found[dictionary.name], run.wanted, dictionary.node, meant))
+        whole = [whole_swaps(site, kind, changes, run.wanted, sae, how) for site, kind, changes, sae, how in self._whole(run)]
+        return swaps + joined(whole)
 
     def _meaning(self, dictionary: Dictionary) -> Combine:
         """Return what patches of a dictionary mean, which makes a difference only if it writes to several hook points."""

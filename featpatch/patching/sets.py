@@ -25,7 +25,7 @@ from featpatch.metrics import Metrics
 from featpatch.nodes import DIRECTIONS, EFFECTS, Combine, Direction, Effect, Node, Patch, Position, check_directions
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Difference, Swap, split_ways
+from featpatch.patching.changes import Difference, Swap, split_ways, with_directions
 from featpatch.patching.features import DictionaryPart, feature_study
 from featpatch.patching.joint import node_study
 from featpatch.patching.runs import PairRuns
@@ -53,24 +53,33 @@ class SetPart(DictionaryPart):
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
         """Return the swaps of each pair, one per position."""
-        return [[self._of_position(run, position) for position in self.sets if run.wanted.get(position)] for run in runs]
+        found = with_directions([self.difference(run) for run in runs])
+        return [
+            [self._of_position(run, difference, position) for position in self.sets if run.wanted.get(position)]
+            for run, difference in zip(runs, found, strict=True)
+        ]
 
-    def _of_position(self, run: PairRuns, position: Position) -> Swap:
-        difference = self.difference(run)
+    def _of_position(self, run: PairRuns, difference: Difference, position: Position) -> Swap:
         sets, span = self.sets[position], torch.tensor(run.wanted[position])
         site, name = self.dictionary.writes, self.dictionary.name
         nodes = tuple(Node(site, "set", number, position, name) for number in range(len(sets)))
-        linear = difference.moved is None
-        changes = self._along(difference, sets, span) if linear else self._by_definition(run, sets, span)
+        if difference.directions is not None:
+            changes = self._along(difference, *difference.directions[:2], sets, span)
+        else:
+            changes = self._by_definition(run, sets, span)
         return Swap(nodes, {site: {way: _deltas(change, span) for way, change in changes.items()}})
 
     def _along(
-        self, difference: Difference, sets: Sequence[Sequence[int]], span: Int[torch.Tensor, " span"]
+        self,
+        difference: Difference,
+        directions: Float[torch.Tensor, "n d"],
+        row: Int[torch.Tensor, " entries"],
+        sets: Sequence[Sequence[int]],
+        span: Int[torch.Tensor, " span"],
     ) -> dict[Direction, Float[torch.Tensor, "sets span d"]]:
         """Return the change that each set makes, as a sum of multiples of feature directions."""
         entries = difference.at(span.tolist())
         feature, place = difference.feature[entries], torch.searchsorted(span, difference.position[entries])
-        directions, row, _ = difference.directions
         rows = directions[row[entries].to(directions.device)]
         member = torch.stack([torch.isin(feature, torch.tensor(list(some), dtype=torch.long)) for some in sets])
         changes = {}

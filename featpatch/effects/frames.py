@@ -56,8 +56,8 @@ def full(effects: Measured) -> pd.DataFrame:
     if effects.has_gap:
         table.insert(int(table.columns.get_loc("pairs")) + 1, "pairs_with_gap", int(effects.with_gap.sum()))
     table.insert(int(table.columns.get_loc("changed_pairs")) + 1, "smallest_p", effects.smallest_p)
-    for metric, other in effects.others.items():
-        columns = full(other).filter(regex="^(recovery|degradation)|^(quadrant|pairs_with_gap|unit)$")
+    for metric in effects.others:
+        columns = full(effects.for_metric(metric)).filter(regex="^(recovery|degradation)|^(quadrant|pairs_with_gap|unit)$")
         table = table.join(columns.add_prefix(f"{metric}_"))
     return table
 

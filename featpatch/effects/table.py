@@ -17,6 +17,7 @@ from featpatch.effects.measured import Measured
 from featpatch.effects.plots import Plots
 from featpatch.effects.selection import WHERE_CHANGED, By, least_to_sort, measured_effect, sorting
 from featpatch.effects.statistics import check_threshold, quadrant_labels
+from featpatch.effects.values import PatchedValues  # noqa: F401 (the annotations of inherited fields are resolved here)
 from featpatch.errors import FeatpatchError, check_numbers, counted
 from featpatch.files import as_path, path_to_write
 from featpatch.frame import ROWS, Frame, text

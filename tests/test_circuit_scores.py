@@ -237,7 +237,7 @@ def test_nodes_of_a_hook_point_add_up_to_the_effect_of_all(small: Small) -> None
     """The nodes are the features and error of one dictionary; the error of the right Riemann sum falls as 1 / steps."""
     whole = node_graph_of(small, "corrupted", "nodes")
     nodes = next(place for place in whole.components() if place[0].site == SITES[0])
-    graph = NodeGraph(whole.lens, whole.pairs, "corrupted", whole.read, nodes, whole.dictionaries, "nodes")
+    graph = NodeGraph(whole.lens, whole.pairs, "corrupted", whole.measures, nodes, whole.dictionaries, "nodes")
     effect = graph.values([nodes])[0].mean() - graph.values([[]])[0].mean()
     left = [abs(graph.estimates("eap_ig_activations", steps).sum() / effect - 1) for steps in (10, 40)]
     assert left[1] < 0.3 * left[0]

@@ -17,7 +17,7 @@ from featpatch.model.lens import Lens
 from featpatch.nodes import Position
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs, check_unmixed
-from featpatch.patching.ablation import AblationValues, Everywhere, OtherPrompts, Values, named_values
+from featpatch.patching.ablation_values import AblationValues, Everywhere, OtherPrompts, Values, named_values
 from featpatch.patching.runs import combined, continuation, readings_of
 from featpatch.sae.dictionary import Dictionary
 

@@ -37,7 +37,7 @@ from featpatch.model.layer import Head, close, head_from
 from featpatch.model.projections import rounding
 from featpatch.nodes import Edge, Node
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.ablation import Everywhere
+from featpatch.patching.ablation_values import Everywhere
 from featpatch.patching.paths import EdgePart
 from featpatch.patching.route import Senders, receiver_of
 from featpatch.patching.study import Options, Study

@@ -21,7 +21,7 @@ from featpatch.circuits.graph import Graph
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Edit, added
 from featpatch.nodes import Node
-from featpatch.patching.ablation import Everywhere
+from featpatch.patching.ablation_values import Everywhere
 from featpatch.patching.do import keeping
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary

@@ -27,7 +27,8 @@ from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Combine, Node, Patch
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.ablation import Ablation, Everywhere, Values
+from featpatch.patching.ablation import Ablation
+from featpatch.patching.ablation_values import Everywhere, Values
 from featpatch.patching.joint import node_study
 from featpatch.patching.study import Options
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any

@@ -105,8 +105,7 @@ class LogitAttribution:
             check_choices(tuple(self.replaces), sae=sae)
         without = self.replaces.get(sae, frozenset())
         summed = [term.sae == sae or (not term.sae and term not in without) for term in self.terms]
-        difference: NDArray[np.float64] = self.total - self.values[summed].sum(0)
-        return difference
+        return self.total - self.values[summed].sum(0)
 
     def to_pandas(self, n: int | None = None, *, kind: str | None = None) -> Any:
         """Return a table of mean contributions in logits over the pairs, the largest first, with 95 % bootstrap intervals.

@@ -149,8 +149,7 @@ class CleanRuns(ABC):
     @cached_property
     def whole(self) -> Array:
         """The metric of each pair in the unpatched clean run."""
-        result: Array = self.combined(self.whole_runs).numpy()
-        return result
+        return self.combined(self.whole_runs).numpy()
 
     def metric_of(self, logits: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         """Compute the metric `[circuits, runs]` of logits `[circuits, runs, d_vocab]`, with its gradient."""

@@ -175,8 +175,7 @@ class EdgeGraph(EdgeRuns):
             final = self.lens.read(others, [last])[last]
             with torch.no_grad():
                 values[some] = self.metric_of(self.unembedded(final, *self.prompts(some))[None], some)[0].cpu()
-        result: NDArray[np.float64] = self.combined(values).numpy()
-        return result
+        return self.combined(values).numpy()
 
     @cached_property
     @torch.no_grad()

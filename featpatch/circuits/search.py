@@ -93,8 +93,7 @@ def exact_scores(graph: Graph, journal: str | Path | None, *, progress: bool) ->
 def estimated_scores(graph: Graph, scores: Scores, steps: int, *, progress: bool) -> NDArray[np.float64]:
     """Return the estimated loss of faithfulness with only one item ablated, for each item, `[items]`."""
     found = graph.estimates(scores, steps, progress=progress)
-    result: NDArray[np.float64] = found / (graph.whole.mean() - graph.empty.mean())
-    return result
+    return found / (graph.whole.mean() - graph.empty.mean())
 
 
 def by_threshold(scores: NDArray[np.float64], threshold: float, size: int | None) -> list[int]:

@@ -187,8 +187,7 @@ def _apart(intervals: list[NDArray[Any]]) -> NDArray[np.bool_]:
     Intervals that touch overlap, and NaN overlaps everything.
     """
     apart = [(one[:, 0] > other[:, 1]) | (other[:, 0] > one[:, 1]) for one, other in combinations(intervals, 2)]
-    result: NDArray[np.bool_] = np.any(apart, axis=0)
-    return result
+    return np.any(apart, axis=0)
 
 
 SPLITS = 100

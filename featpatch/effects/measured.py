@@ -56,8 +56,7 @@ class Measured(PatchedValues):
             >>> whole.pooled("recovery").round(2).tolist()
             [1.0]
         """
-        result: Array = self.changes(effect).sum(axis=1) / self._gaps(over)
-        return result
+        return self.changes(effect).sum(axis=1) / self._gaps(over)
 
     def _gaps(self, over: Over) -> Array:
         """Return the sum of gaps by which the changes of each row are divided, `[rows]`; NaN if it is near zero.
@@ -86,8 +85,7 @@ class Measured(PatchedValues):
             >>> effects.top(3).per_pair("recovery").shape
             (3, 4)
         """
-        result: Array = self.changes(effect).toarray() / np.where(self.with_gap, self.scale, np.nan)
-        return result
+        return self.changes(effect).toarray() / np.where(self.with_gap, self.scale, np.nan)
 
     def median(self, effect: Effect) -> Array:
         """Return the median of the per-pair ratios over the pairs that have a gap, `[rows]`; NaN if none has.

@@ -83,8 +83,7 @@ class Effects(Measured):
         run = self.directions_run()
         if effects is not None and not set(effects) <= set(run):
             raise FeatpatchError(f"effects={effects}: expected some of the measured effects, {', '.join(run)}")
-        result: Array = np.max([np.abs(self.pooled(effect)) for effect in effects or run], axis=0)
-        return result
+        return np.max([np.abs(self.pooled(effect)) for effect in effects or run], axis=0)
 
     def with_threshold(self, threshold: float) -> "Effects":
         """Return the same table with another threshold for its quadrants, used in all tables, files and reports made from it.

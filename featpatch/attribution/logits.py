@@ -137,7 +137,6 @@ class LogitAttribution:
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         check_kinds(str, title=title)
-
         shown: dict[tuple[int, str], float] = {}
         for term, mean in zip(self.terms, self.values.mean(1), strict=True):
             if term.layer is not None and not term.sae:
@@ -175,9 +174,9 @@ def logit_attribution(
 ) -> LogitAttribution:
     """Attribute an answer's logit, or a difference of logits, to what each component and SAE feature writes directly.
 
-    The final norm is linear once its scale is frozen at its value on the prompt, so that the contributions of the embedding,
-    learned positions, every head, every MLP and the biases sum to the logit. Only the answer position is attributed, because
-    only its residual stream is unembedded. A component that acts through later components contributes nothing by that.
+    The contributions of the embedding, learned positions, every head, every MLP and the biases sum to the logit, with the scale
+    of the final norm frozen. Only the answer position is attributed, because only its residual stream is unembedded. A
+    component that acts through later components contributes nothing by that.
 
     The features, error term and decoder bias of an SAE are listed next to the components that write to its hook point, and sum
     to the same (see `LogitAttribution.residual`). SAEs of one layer or several can therefore be given together.
@@ -290,10 +289,8 @@ class _Reader:
     def contributions(self, indices: list[int]) -> tuple[NDArray[np.float64], Iterator[tuple[Term, torch.Tensor]]]:
         """Return the logits of some pairs `[rows]`, and the contribution `[rows]` of every term."""
         lens, some = self.lens, [self.pairs[index] for index in indices]
-        tokens, answers = (
-            torch.tensor([getattr(pair, self.run) for pair in some]),
-            torch.tensor([p.answer_position for p in some]),
-        )
+        tokens = torch.tensor([getattr(pair, self.run) for pair in some])
+        answers = torch.tensor([pair.answer_position for pair in some])
         read = lens.read(tokens, self._hooks)
         logits = wide(lens.answer(tokens, answers))
         columns = sorted({token for pair in some for token in (*pair.correct, *pair.wrong)})
@@ -302,7 +299,7 @@ class _Reader:
             for sign, tokens_of in ((1, pair.correct), (-1, pair.wrong if self.metric == "logit_diff" else ())):
                 for token in tokens_of:
                     weights[row, columns.index(token)] += sign / len(tokens_of)
-        at = {hook: wide(x[torch.arange(len(some)), answers.to(x.device)]).flatten(1) for hook, x in read.items()}
+        at = {hook: wide(_at_answers(x, answers)).flatten(1) for hook, x in read.items()}
         norm, final = self.head.norm, at[sites.resid_post(lens.n_layers - 1)]
         unembedding = weights.to(self.head.weight.device) @ wide(self.head.weight[:, columns]).T
         stream = unembedding if norm is None else norm.pull(unembedding, final.to(unembedding.device))
@@ -321,8 +318,7 @@ class _Reader:
             yield from self._components(at, stream, back)
             yield from biases.items()
             for dictionary in self.found:
-                gradient = back.get(dictionary.writes, stream)
-                yield from _of_dictionary(dictionary, read, answers, gradient)
+                yield from _of_dictionary(dictionary, read, answers, back.get(dictionary.writes, stream))
 
         return total.cpu().double().numpy(), every()
 
@@ -380,9 +376,7 @@ def _of_dictionary(
     Args:
         gradient: the gradient of the logit with respect to the activation at the answer positions.
     """
-    whole = dictionary.split(read)
-    here = torch.arange(len(answers)), answers
-    split = whole.map(lambda x: x[here[0].to(x.device), here[1].to(x.device), None])
+    split = dictionary.split(read).map(lambda x: _at_answers(x, answers)[:, None])
     features, error = split.features, split.error[:, 0]
     layer = sites.layer_of(dictionary.writes)
     active = features[:, 0].ne(0).any(0).nonzero()[:, 0]
@@ -395,6 +389,10 @@ def _of_dictionary(
     yield Term("error", layer, None, dictionary.name), _dot(error, gradient)
     bias = dictionary.decode(torch.zeros_like(features), split.state)[:, 0]
     yield Term("decoder bias", layer, None, dictionary.name), _dot(bias, gradient)
+
+
+def _at_answers(x: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    return x[torch.arange(len(answers), device=x.device), answers.to(x.device)]
 
 
 def _replaced(term: Term, site: str) -> bool:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -116,12 +115,9 @@ def _title(effects: Effects) -> str:
     """Return a question that names the tasks of the pairs, if they have names."""
     tasks = list(dict.fromkeys(tags["task"] for tags in effects.metadata.get("tags", []) if tags.get("task")))
     on = f"its answers in the task {tasks[0]}" if len(tasks) == 1 else "this behaviour"
-    return f"Which {noun_of(effects)}s of {_model(effects)} cause {on}?"
-
-
-def _model(effects: Effects) -> str:
     name = Path(effects.metadata.get("model", {}).get("name", "")).name
-    return f"the model {name}" if name and name != "model" else "the model"
+    model = f"the model {name}" if name and name != "model" else "the model"
+    return f"Which {noun_of(effects)}s of {model} cause {on}?"
 
 
 def _subtitle(effects: Effects) -> str:
@@ -270,9 +266,14 @@ def _features(effects: Effects, material: Material) -> Section | None:
     rows, run = effects.take([numbers[node] for node in material.features]), effects.directions_run()
     quadrants = rows.quadrants() if len(run) == 2 else []
     names, per_pair = short_names(rows.nodes), {effect: rows.per_pair(effect) for effect in run}
+    pairs = [f"pair {number}" for number in range(len(effects.clean))]
     features = []
     for n, card in enumerate(material.features.values()):
         prompt = material.prompts[card.pair]
+        chart = ""
+        if len(effects.clean) > 1:
+            lines = [(effects.titled(effect), per_pair[effect][n].tolist()) for effect in run]
+            chart = Markup('<div class="narrow">{}</div>').format(strips(lines, pairs))
         values = [f"{effects.titled(effect)} {_number(rows.pooled(effect)[n], *rows.interval(effect)[n])}" for effect in run]
         features.append(
             {
@@ -287,9 +288,7 @@ def _features(effects: Effects, material: Material) -> Section | None:
                 "largest": max([1e-12, *np.abs(card.clean), *np.abs(card.corrupted)]),
                 "examples": card.examples,
                 "peak": max([1e-12, *(abs(value) for _, shown in card.examples for value in shown)]),
-                "chart": _of_pairs([(effects.titled(effect), per_pair[effect][n].tolist()) for effect in run])
-                if len(effects.clean) > 1
-                else "",
+                "chart": chart,
                 "facts": list(card.facts.items()),
                 "link": card.link,
             }
@@ -299,11 +298,6 @@ def _features(effects: Effects, material: Material) -> Section | None:
         "promotes and suppresses is its direct path to the logits, without the final norm."
     )
     return Section("features", "Feature cards", text, [block("cards.html", features=features, opened=OPEN)])
-
-
-def _of_pairs(rows: Sequence[tuple[str, Any]]) -> Block:
-    """Return a chart of the effect of one row in each pair."""
-    return Markup('<div class="narrow">{}</div>').format(strips(rows, [f"pair {n}" for n in range(len(rows[0][1]))]))
 
 
 def _quadrants(rows: Effects) -> Section | None:
@@ -322,10 +316,12 @@ def _quadrants(rows: Effects) -> Section | None:
         at = np.flatnonzero(labels == label).tolist()
         series.append(Points(name, x[at].tolist(), y[at].tolist(), [names[n] for n in at], named=len(named & set(at))))
     thresholds = [_thresholds(rows, effect) for effect in run]
+    ends = " and ".join(" to ".join(f"{value:.2g}" for value in of_effect) for of_effect in thresholds)
     text = (
         "Further right: restores more of the behaviour on its own (sufficient?). Further up: more of the behaviour is lost "
         "without it (necessary?). A low degradation can hide a backup that becomes active only when the feature is ablated. "
-        + _said(thresholds, rows.threshold)
+        f"Dashed: the threshold, {100 * rows.threshold:.4g} % of the whole activation's effect at a row's hook point and "
+        f"position, at its lowest and highest ({ends})."
     )
     grey = Points("undecided or below the threshold", x[others].tolist(), y[others].tolist())
     chart = points([*series, grey], "recovery (denoising)", "degradation (noising)", lines=(thresholds[0], thresholds[1]))
@@ -336,15 +332,6 @@ def _thresholds(rows: Effects, effect: Effect) -> list[float]:
     """Return the lowest and the highest threshold of these rows; one if they are the same."""
     values = bounds(rows.threshold, rows.carried(effect))
     return sorted({float(values.min()), float(values.max())}) if len(values) else []
-
-
-def _said(thresholds: list[list[float]], share: float) -> str:
-    """Return what the dashed lines are."""
-    values = " and ".join(" to ".join(f"{value:.2g}" for value in of_effect) for of_effect in thresholds)
-    return (
-        f"Dashed: the threshold, {100 * share:.4g} % of the whole activation's effect at a row's hook point and position, at "
-        f"its lowest and highest ({values})."
-    )
 
 
 def _stability(effects: Effects) -> Section | None:

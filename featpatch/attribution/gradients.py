@@ -207,11 +207,9 @@ def check_gradient(measure: Measure, method: str, directions: Sequence[Direction
 class Gradients:
     """Activations and gradients of both runs of every pair, computed when they are first needed, and kept.
 
-    They are computed again if the model's weights or hooks have changed. `featpatch.attribution.gradients` defines the methods
-    and cites their sources.
-
     With the same `Gradients`, estimates for another dictionary at the same hook points, or at other positions, need no further
-    runs of the model.
+    runs of the model, unless its weights or hooks have changed. `featpatch.attribution.gradients` defines the methods and cites
+    their sources.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.

@@ -258,7 +258,9 @@ def load_circuit(
             "as reference=..., or another `to`"
         )
     over: Any = about.get("over")
-    nodes, errors = _with_patches(content) or None, cast(Errors, about.get("errors") or "in")
+    candidates, groups = content.get("candidates", ()), content.get("groups", {})
+    nodes = [Patch(groups[node], node.site.removesuffix(TOGETHER)) if node in groups else node for node in candidates] or None
+    errors = cast(Errors, about.get("errors") or "in")
     check_candidates(over, nodes, saes, errors if saes is not None else None)
     positions, seed = about.get("positions", "all"), noted.get("seed")
     graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric, positions, reference, seed)
@@ -293,12 +295,6 @@ def load_circuit(
 
     metadata = {**about, "metric": graph.name, "outside": to, **provenance(lens, pairs)}
     return Circuit(graph, items, scores, metadata, again)
-
-
-def _with_patches(content: Mapping[str, Any]) -> list[Node | Patch]:
-    """Return the candidates of a circuit in a file, with patches as they were passed to `find_circuit`."""
-    candidates, groups = content.get("candidates", ()), content.get("groups", {})
-    return [Patch(groups[node], node.site.removesuffix(TOGETHER)) if node in groups else node for node in candidates]
 
 
 def _graph(

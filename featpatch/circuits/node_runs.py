@@ -167,22 +167,19 @@ class NodeRuns(Graph):
         if some[0] not in self._ablation:
             plain, used, prompts = self._plain(), self._used(), self.others(some)
             tokens = self.prompts(some[:1])[0] if prompts is None else prompts
-            hooks = [*{hook for d in used for hook in d.hooks}, *plain]
-            read = self.lens.read(tokens, list(dict.fromkeys(hooks)))
-            splits = {d.name: d.split(read) for d in used}
-            if prompts is None:
-                length = tokens.shape[1]
-                for site in plain:
-                    read[site] = self.everywhere(site, (read[site][0],), length)[0][None].expand(
-                        len(some), *read[site].shape[1:]
-                    )
-                for d in used:
-                    like = splits[d.name].features[0], splits[d.name].error[0]
-                    features, error = (
-                        value[None].expand(len(some), *value.shape) for value in self.everywhere(d, like, length)
-                    )
-                    splits[d.name] = Split(features, {}, error)
-            self._ablation[some[0]] = {**{site: read[site] for site in plain}, **splits}
+            read = self.lens.read(tokens, sorted({*plain, *(hook for d in used for hook in d.hooks)}))
+            found: dict[str, Any] = {site: read[site] for site in plain} | {d.name: d.split(read) for d in used}
+
+            def same(of: str | Dictionary, *like: torch.Tensor) -> list[torch.Tensor]:
+                values = self.everywhere(of, tuple(each[0] for each in like), tokens.shape[1])
+                return [value[None].expand(len(some), *value.shape) for value in values]
+
+            for site in plain if prompts is None else ():
+                (found[site],) = same(site, found[site])
+            for d in used if prompts is None else ():
+                features, error = same(d, found[d.name].features, found[d.name].error)
+                found[d.name] = Split(features, {}, error)
+            self._ablation[some[0]] = found
         return self._ablation[some[0]]
 
     def _ablated(self, kept: torch.Tensor, some: Sequence[int], own: Callable[[Node], bool], count: int | None = None) -> Mask:

@@ -155,15 +155,7 @@ def pairs_by_value(effects: Measured, tag: str) -> dict[str, NDArray[np.int64]]:
 
 
 def by_tag(effects: Measured, tag: str, effect: Effect) -> pd.DataFrame:
-    """Return the pooled effect for each value of a tag, one row per node.
-
-    The columns for a value, for example `swap_s2` with `recovery`, are `recovery_swap_s2`, `recovery_swap_s2_low` and `_high`
-    (95 % bootstrap interval over these pairs) and `recovery_swap_s2_rank` (1 is the largest of all features that were ranked).
-    All are NaN for a value whose pairs have a mean gap near zero; the interval is also NaN for a value with a single pair.
-
-    `depends` is True for a feature whose intervals under two values do not overlap. It is not a test with a controlled error
-    rate: intervals over a few pairs are too narrow, and among thousands of features some intervals do not overlap by chance.
-    """
+    """Return the table of `Effects.by_tag`."""
     table = _fields(effects.nodes)
     change, rows, ranked = effects.whole.changes(effect).toarray(), effects.rows_in_whole(), effects.whole.ranked
     intervals = []

@@ -193,8 +193,13 @@ class Effects(Measured):
     def by_tag(self, tag: str, effect: Effect) -> pd.DataFrame:
         """Return the pooled effects for each value of a tag of the pairs, with intervals and ranks, one row per node.
 
-        For example `by_tag("corruption", "recovery")`. The column `depends` is True for a feature whose intervals under two
-        values do not overlap; see `frames.by_tag`.
+        The columns for a value, for example `swap_s2` with `recovery`, are `recovery_swap_s2`, `recovery_swap_s2_low` and
+        `_high` (95 % bootstrap interval over these pairs) and `recovery_swap_s2_rank` (1 is the largest of all features that
+        were ranked). All are NaN for a value whose pairs have a mean gap near zero; the interval is also NaN for a value with a
+        single pair.
+
+        `depends` is True for a feature whose intervals under two values do not overlap. It is not a test with a controlled
+        error rate: intervals over a few pairs are too narrow, and among thousands of features some do not overlap by chance.
 
         Args:
             tag: the name of the tag.

@@ -90,15 +90,7 @@ def ablation(lens: Lens, parts: Sequence[Part], pairs: Pairs, reference: Pairs |
                 "leave them out"
             )
         return Ablation(Means(lens, to), to)
-    return Ablation(
-        named_values(
-            lens,
-            pairs,
-            to,
-            reference,
-            seed,
-            sorted({hook for part in parts for hook in part.hooks}),
-            [dictionary for part in parts for dictionary in part.owners],
-        ),
-        float(to) if is_number(to) else to,
-    )
+    hooks = sorted({hook for part in parts for hook in part.hooks})
+    owners = [dictionary for part in parts for dictionary in part.owners]
+    values = named_values(lens, pairs, to, reference, seed, hooks, owners)
+    return Ablation(values, float(to) if is_number(to) else to)

@@ -307,8 +307,7 @@ def size(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> float:
 
 def with_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return a mask of the pairs whose gap is large enough for a ratio, `[pairs]`."""
-    result: NDArray[np.bool_] = np.abs(clean - corrupted) > NEAR_ZERO * size(clean, corrupted)
-    return result
+    return np.abs(clean - corrupted) > NEAR_ZERO * size(clean, corrupted)
 
 
 def check_gap(metric: str, clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> None:

@@ -13,7 +13,7 @@ from small import Small
 
 import featpatch as fp
 from featpatch.model.lens import Lens
-from featpatch.patching.ablation import ABLATION_VALUES
+from featpatch.patching.ablation_values import ABLATION_VALUES
 
 SITE, Z, POST = "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.1.mlp.hook_post"
 

@@ -17,7 +17,7 @@ from test_execution import Noting, same
 import featpatch as fp
 from featpatch import metrics, sites
 from featpatch.engine.ray import EXECUTORS
-from featpatch.patching.ablation import ABLATION_VALUES
+from featpatch.patching.ablation_values import ABLATION_VALUES
 from featpatch.sae import dictionary
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +96,7 @@ def test_the_kind(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_ablation(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    ((name, make),) = entry("featpatch/patching/ablation.py").items()
+    ((name, make),) = entry("featpatch/patching/ablation_values.py").items()
     monkeypatch.setitem(ABLATION_VALUES, name, make)
     pair = pairs_of(bridge)[:1]
     effects = fp.ablate(bridge.model, pair, sites="resid_pre", layers=[1], to="median", positions=[6], progress=False)

@@ -9,7 +9,8 @@ from small import Small, at
 
 import featpatch as fp
 from featpatch.model.transformer_lens import wrap
-from featpatch.sae.codec import Behaviour, reference
+from featpatch.sae import codec
+from featpatch.sae.codec import Behaviour
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.sae.sae_lens import SaeCodec
 
@@ -19,7 +20,7 @@ def found_in(small: Small) -> Dictionary:
 
 
 def probed(dictionary: Dictionary) -> torch.Tensor:
-    return dictionary._probe(torch.arange(dictionary.d_sae), reference(dictionary.codec))
+    return codec.probed(dictionary.codec, torch.arange(dictionary.d_sae))
 
 
 def test_rows_are_what_decoding_adds(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

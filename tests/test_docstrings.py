@@ -40,7 +40,7 @@ RESULTS = (
 """Classes of results that functions return; an example of the class shows its methods."""
 
 INTERNAL = {
-    "Cross.to", "Executor.run", "Gradients.check_directions", "Gradients.of", "Measured.rows_in_whole", "Noise.about", "Noise.added", "Noise.at",
+    "Cross.to", "Executor.run", "Gradients.check_directions", "Gradients.of", "PatchedValues.rows_in_whole", "Noise.about", "Noise.added", "Noise.at",
     "Pairs.chunks", "Ray.run", "Stored.digest_of",
 }  # fmt: skip
 """Methods of public classes that other modules of featpatch call, and users do not."""

@@ -114,6 +114,7 @@ def test_dataclasses_are_frozen() -> None:
         "EdgeRuns",
         "EdgeGraph",
         "NodeGraph",
+        "NodeRuns",
         "_Batch",
         "_Gradients",
         "_Run",

@@ -12,9 +12,8 @@ grad_drop       The gradient at the base run, once for every layer, with no grad
                 reveal effects that cancel between layers. The absolute values of the resulting estimates are added up and
                 divided by the number of layers - 1: a size without sign, for ranking (GradDrop of AtP*, Kramar et al. 2024,
                 arXiv 2403.00745).
-relp            The gradient at the base run under other rules of the backward pass, which `model.backward` defines: relevance
-                patching (Jafari et al. 2025, arXiv 2508.21258), with attention patterns as constants.
-relp_qk         The same, with gradients through queries and keys.
+relp, relp_qk   The gradient at the base run under other rules of the backward pass, which `model.backward` defines: relevance
+                patching (Jafari et al. 2025, arXiv 2508.21258), with attention patterns as constants or as they are.
 gim             Likewise: gradient interaction modifications (Edin et al. 2025, arXiv 2505.17630).
 """
 
@@ -58,13 +57,8 @@ INPUT = resid_pre(0)
 TOKENS_AT_ONCE = 1024
 """The largest number of tokens that go through the model together."""
 
-Activations = Mapping[str, torch.Tensor]
-"""Activations or gradients of one prompt, `[pos, ...]` by hook point."""
-
 WITHOUT_GRADIENT = ("neg_rank", "accuracy", *SEQUENCES)
 """Metrics without a gradient at the answer position."""
-
-USE = "for estimates, which need a gradient of the logits at one token; use method='exact', which supports every metric"
 
 SOURCE: Mapping[Direction, Direction] = {"denoising": "noising", "noising": "denoising"}
 """The source run of each direction. A run is named by the direction that patches it, so the source is named by the other."""
@@ -143,8 +137,8 @@ class PairGradients:
         pair: the pair.
         first: the first position at which its runs can differ.
         values: the metric of each run, by the direction that patches the run.
-        activations: the activations of each run, by direction.
-        gradients: the gradients `[variants, pos, ...]` of each run at hook points, by direction.
+        activations: the activations `[pos, ...]` of each run, by direction and hook point.
+        gradients: the gradients `[variants, pos, ...]` of each run, by direction and hook point.
         ends: the metric of each run with a whole activation patched from the other run, by direction and hook point, if known.
         splits: features and error of each run, by the name of the dictionary, computed when they are first needed.
     """
@@ -153,8 +147,8 @@ class PairGradients:
     pair: Pair
     first: int
     values: Mapping[Direction, float]
-    activations: Mapping[Direction, Activations]
-    gradients: Mapping[Direction, Activations]
+    activations: Mapping[Direction, Mapping[str, torch.Tensor]]
+    gradients: Mapping[Direction, Mapping[str, torch.Tensor]]
     ends: Mapping[Direction, Mapping[str, float]]
     splits: dict[str, dict[Direction, Split]] = field(default_factory=dict)
 
@@ -184,7 +178,8 @@ def differentiable(metric: str | Metric | Sequence[str | Metric]) -> Measure:
     Raises:
         FeatpatchError: there are several metrics or none, or the metric is unknown or has no gradient.
     """
-    return find(one_metric(metric), WITHOUT_GRADIENT, USE)
+    use = "for estimates, which need a gradient of the logits at one token; use method='exact', which supports every metric"
+    return find(one_metric(metric), WITHOUT_GRADIENT, use)
 
 
 def check_method(method: str) -> str:
@@ -212,15 +207,9 @@ def check_gradient(measure: Measure, method: str, directions: Sequence[Direction
 class Gradients:
     """Activations and gradients of both runs of every pair, computed when they are first needed, and kept.
 
-    They are computed again if the model's weights or hooks have changed. `featpatch.attribution.gradients` defines the methods
-    and cites their sources.
-
     With the same `Gradients`, estimates for another dictionary at the same hook points, or at other positions, need no further
-    runs of the model:
-
-        gradients = fp.Gradients(model, pairs)
-        fp.rank_features(model, one_sae, pairs, method=gradients)
-        fp.rank_features(model, another_sae, pairs, method=gradients)
+    runs of the model, unless its weights or hooks have changed. `featpatch.attribution.gradients` defines the methods and cites
+    their sources.
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
@@ -298,12 +287,7 @@ class Gradients:
         return f"gradients of {self.measure.name} over {self.pairs!r}, by {self.method}; {len(self._kept)} batches cached"
 
     def check_directions(self, directions: Sequence[Direction]) -> tuple[Direction, ...]:
-        """Check directions and return them.
-
-        Raises:
-            FeatpatchError: a direction is unknown, or noising would use the gradient of `"neg_kl"` at the clean run, which is
-                zero.
-        """
+        """Check directions for this metric and method and return them, see `check_gradient`."""
         return check_gradient(self.measure, self.method, directions)
 
     def of(self, reads: Sequence[str], sites: Sequence[str]) -> Iterator[PairGradients]:
@@ -382,8 +366,7 @@ class _Batch:
         pairs = [self.of.pairs[index] for index in self.some]
         tokens = torch.tensor([pair.corrupted if direction == "denoising" else pair.clean for pair in pairs])
         answers = torch.tensor([pair.answer_position for pair in pairs])
-
-        clean = self._clean() if self.of.measure.needs == "clean" else [None] * len(pairs)
+        clean = self._clean(pairs, answers) if self.of.measure.needs == "clean" else [None] * len(pairs)
 
         def measure(logits: torch.Tensor) -> torch.Tensor:
             """Return the metric of each row, with the answers or the clean run of its pair."""
@@ -396,11 +379,9 @@ class _Batch:
 
         return Runs(self.of.lens, tokens, answers, measure)
 
-    def _clean(self) -> Sequence[torch.Tensor]:
+    def _clean(self, pairs: Sequence[Pair], answers: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return the logits of the clean runs, `[1, d_vocab]` each."""
         if not self.clean:
-            pairs = [self.of.pairs[index] for index in self.some]
-            answers = torch.tensor([pair.answer_position for pair in pairs])
             self.clean = self.of.lens.answer(torch.tensor([pair.clean for pair in pairs]), answers).detach().split(1)
         return self.clean
 

@@ -25,7 +25,7 @@ from featpatch.frame import Frame
 from featpatch.model.facts import check_tokens
 from featpatch.model.layer import Head, head_from
 from featpatch.model.lens import Lens
-from featpatch.model.projections import AttentionOutput, attention_outputs, rounding, wide
+from featpatch.model.projections import attention_outputs, rounding, wide
 from featpatch.model.transformer_lens import wrap
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.sae.codec import gain
@@ -105,8 +105,7 @@ class LogitAttribution:
             check_choices(tuple(self.replaces), sae=sae)
         without = self.replaces.get(sae, frozenset())
         summed = [term.sae == sae or (not term.sae and term not in without) for term in self.terms]
-        difference: NDArray[np.float64] = self.total - self.values[summed].sum(0)
-        return difference
+        return self.total - self.values[summed].sum(0)
 
     def to_pandas(self, n: int | None = None, *, kind: str | None = None) -> Any:
         """Return a table of mean contributions in logits over the pairs, the largest first, with 95 % bootstrap intervals.
@@ -124,10 +123,10 @@ class LogitAttribution:
         means = self.values.mean(1)
         order = np.argsort(-np.abs(means), kind="stable")
         rows = [row for row in order if kind in (None, self.terms[row].kind)][:n]
-        ends = interval(self.values[rows], np.ones(len(self.total)))
+        low, high = interval(self.values[rows], np.ones(len(self.total))).T
         fields = [(term.kind, term.layer, term.index, term.sae) for term in (self.terms[row] for row in rows)]
         frame = Frame(fields, columns=["kind", "layer", "index", "sae"]).astype({"layer": "Int64", "index": "Int64"})
-        return frame.assign(logits=means[rows], logits_low=ends[:, 0], logits_high=ends[:, 1])
+        return frame.assign(logits=means[rows], logits_low=low, logits_high=high)
 
     def plot(self, *, title: str = "") -> Any:
         """Plot the mean contributions of heads and MLPs by layer, as a plotly heat map.
@@ -138,7 +137,6 @@ class LogitAttribution:
         import plotly.graph_objects as go  # type: ignore[import-untyped]
 
         check_kinds(str, title=title)
-
         shown: dict[tuple[int, str], float] = {}
         for term, mean in zip(self.terms, self.values.mean(1), strict=True):
             if term.layer is not None and not term.sae:
@@ -146,11 +144,9 @@ class LogitAttribution:
         names = list(dict.fromkeys(name for _, name in shown))
         layers = sorted({layer for layer, _ in shown})
         cells = [[shown.get((layer, name)) for name in names] for layer in layers]
-        bar = {"title": "logits"}
-        figure = go.Figure(go.Heatmap(x=names, y=layers, z=cells, colorscale=DIVERGING, zmid=0, colorbar=bar))
-        name = in_figure(title or f"direct contributions to {self.metric}")
-        figure.update_layout(title=name, yaxis_title="layer", plot_bgcolor=GREY)
-        return figure.update_yaxes(dtick=1)
+        figure = go.Figure(go.Heatmap(x=names, y=layers, z=cells, colorscale=DIVERGING, zmid=0, colorbar_title="logits"))
+        title = in_figure(title or f"direct contributions to {self.metric}")
+        return figure.update_layout(title=title, yaxis_title="layer", yaxis_dtick=1, plot_bgcolor=GREY)
 
     def __repr__(self) -> str:
         return f"{self._said}\n{self.to_pandas(10)}"
@@ -176,9 +172,9 @@ def logit_attribution(
 ) -> LogitAttribution:
     """Attribute an answer's logit, or a difference of logits, to what each component and SAE feature writes directly.
 
-    The final norm is linear once its scale is frozen at its value on the prompt, so that the contributions of the embedding,
-    learned positions, every head, every MLP and the biases sum to the logit. Only the answer position is attributed, because
-    only its residual stream is unembedded. A component that acts through later components contributes nothing by that.
+    The contributions of the embedding, learned positions, every head, every MLP and the biases sum to the logit, with the scale
+    of the final norm frozen. Only the answer position is attributed, because only its residual stream is unembedded. A
+    component that acts through later components contributes nothing by that.
 
     The features, error term and decoder bias of an SAE are listed next to the components that write to its hook point, and sum
     to the same (see `LogitAttribution.residual`). SAEs of one layer or several can therefore be given together.
@@ -218,16 +214,14 @@ def logit_attribution(
         raise FeatpatchError(f"run='corrupted' of {pairs!r}: expected corrupted prompts; add them, or use run='clean'")
     for index, pair in enumerate(pairs):
         if not pair.correct or (metric == "logit_diff" and not pair.wrong):
-            missing, advice = "correct", "give correct=..."
-            if pair.correct:
-                missing, advice = "wrong", "use metric='logit', or give wrong answers"
-            elif pair.answers[0]:
-                advice = "cut its answers to their first tokens"
+            missing, advice = "wrong", "use metric='logit', or give wrong answers"
+            if not pair.correct:
+                missing, advice = "correct", "cut its answers to their first tokens" if pair.answers[0] else "give correct=..."
             raise FeatpatchError(
                 f"pair {index} has no {missing} answer of a single token: expected one for metric={metric!r}; {advice}"
             )
     found = dictionaries_if_any(lens, saes)
-    reader = _Reader.of(lens, pairs, found, metric, run)
+    reader = _Reader(lens, pairs, found, metric, run)
     values: dict[Term, NDArray[np.float64]] = {}
     total = np.zeros(len(pairs))
     with tqdm(total=len(pairs), unit="pair", desc="attributing", disable=not progress) as bar:
@@ -243,30 +237,18 @@ def logit_attribution(
     return result
 
 
-@dataclass(frozen=True)
 class _Reader:
-    """Runs batches of prompts and attributes their logits.
+    """Runs batches of prompts and attributes their logits; the arguments are those of `logit_attribution`.
 
-    Attributes:
-        head: the map from the final residual stream to logits.
-        outputs: for each layer, the way in which heads are added to the residual stream; None if they can't be told apart.
+    The first prompt is run at once, to determine how heads are added to the residual stream.
+
+    Raises:
+        FeatpatchError: an SAE can't be attributed.
     """
 
-    lens: Lens
-    pairs: Pairs
-    found: Sequence[Dictionary]
-    metric: str
-    run: str
-    head: Head
-    outputs: Sequence[AttentionOutput | None]
-
-    @classmethod
-    def of(cls, lens: Lens, pairs: Pairs, found: Sequence[Dictionary], metric: str, run: str) -> "_Reader":
-        """Determine how heads are added to the residual stream, by running the first prompt, and check the SAEs.
-
-        Raises:
-            FeatpatchError: an SAE can't be attributed.
-        """
+    def __init__(self, lens: Lens, pairs: Pairs, found: Sequence[Dictionary], metric: str, run: str) -> None:
+        self.lens, self.pairs, self.found, self.metric, self.run = lens, pairs, found, metric, run
+        self.head, self.outputs = head_from(lens.model), attention_outputs(lens, torch.tensor([getattr(pairs[0], run)]))
         for dictionary in found:
             if sites.entry(dictionary.writes) is None:
                 raise FeatpatchError(
@@ -278,54 +260,43 @@ class _Reader:
                     f"SAE {dictionary.name!r} ({dictionary.codec.kind}) has a decoder that is not linear: expected one that "
                     "adds each feature along a fixed direction, so that contributions sum to the logit; leave it out"
                 )
-        outputs = attention_outputs(lens, torch.tensor([getattr(pairs[0], run)]))
-        for dictionary in found:
-            if sites.is_component(dictionary.writes, "z") and outputs[sites.layer_of(dictionary.writes)] is None:
+            if sites.is_component(dictionary.writes, "z") and self.outputs[sites.layer_of(dictionary.writes)] is None:
                 raise FeatpatchError(
                     f"SAE {dictionary.name!r} writes to {dictionary.writes!r}, and W_O of that layer can't be read or does not "
                     "give what attention adds to the residual stream: expected readable weights of the standard form; leave it "
                     "out"
                 )
-        return cls(lens, pairs, found, metric, run, head_from(lens.model), outputs)
 
-    def contributions(self, indices: list[int]) -> tuple[NDArray[np.float64], Iterator[tuple[Term, torch.Tensor]]]:
+    def contributions(self, indices: list[int]) -> tuple[NDArray[np.float64], list[tuple[Term, torch.Tensor]]]:
         """Return the logits of some pairs `[rows]`, and the contribution `[rows]` of every term."""
-        lens, some = self.lens, [self.pairs[index] for index in indices]
-        tokens, answers = (
-            torch.tensor([getattr(pair, self.run) for pair in some]),
-            torch.tensor([p.answer_position for p in some]),
-        )
-        read = lens.read(tokens, self._hooks)
-        logits = wide(lens.answer(tokens, answers))
+        some = [self.pairs[index] for index in indices]
+        tokens = torch.tensor([getattr(pair, self.run) for pair in some])
+        answers = torch.tensor([pair.answer_position for pair in some])
+        read = self.lens.read(tokens, self._hooks)
+        logits = wide(self.lens.answer(tokens, answers))
         columns = sorted({token for pair in some for token in (*pair.correct, *pair.wrong)})
         weights = logits.new_zeros(len(some), len(columns))
         for row, pair in enumerate(some):
             for sign, tokens_of in ((1, pair.correct), (-1, pair.wrong if self.metric == "logit_diff" else ())):
                 for token in tokens_of:
                     weights[row, columns.index(token)] += sign / len(tokens_of)
-        at = {hook: wide(x[torch.arange(len(some)), answers.to(x.device)]).flatten(1) for hook, x in read.items()}
-        norm, final = self.head.norm, at[sites.resid_post(lens.n_layers - 1)]
+        at = {hook: wide(_at_answers(x, answers)).flatten(1) for hook, x in read.items()}
+        norm, final = self.head.norm, at[sites.resid_post(self.lens.n_layers - 1)]
         unembedding = weights.to(self.head.weight.device) @ wide(self.head.weight[:, columns]).T
         stream = unembedding if norm is None else norm.pull(unembedding, final.to(unembedding.device))
         total, bias = (weights * logits[:, columns]).sum(1), self.head.bias
         if self.head.softcap is not None:
             raw = Head(norm, self.head.weight, bias, None)(final.to(self.head.weight.dtype), torch.tensor(columns))
             total = (weights * wide(raw).to(weights)).sum(1)
-        biases = {}
+        back: dict[str, torch.Tensor] = {}
+        terms = list(self._components(at, stream, back))
         if norm is not None and norm.bias is not None:
-            biases[Term("final norm bias")] = unembedding @ wide(norm.bias).to(unembedding)
+            terms.append((Term("final norm bias"), unembedding @ wide(norm.bias).to(unembedding)))
         if bias is not None:
-            biases[Term("unembedding bias")] = weights @ wide(bias[columns]).to(weights)
-
-        def every() -> Iterator[tuple[Term, torch.Tensor]]:
-            back: dict[str, torch.Tensor] = {}
-            yield from self._components(at, stream, back)
-            yield from biases.items()
-            for dictionary in self.found:
-                gradient = back.get(dictionary.writes, stream)
-                yield from _of_dictionary(dictionary, read, answers, gradient)
-
-        return total.cpu().double().numpy(), every()
+            terms.append((Term("unembedding bias"), weights @ wide(bias[columns]).to(weights)))
+        for dictionary in self.found:
+            terms += _of_dictionary(dictionary, read, answers, back.get(dictionary.writes, stream))
+        return total.cpu().double().numpy(), terms
 
     @property
     def _hooks(self) -> list[str]:
@@ -381,9 +352,7 @@ def _of_dictionary(
     Args:
         gradient: the gradient of the logit with respect to the activation at the answer positions.
     """
-    whole = dictionary.split(read)
-    here = torch.arange(len(answers)), answers
-    split = whole.map(lambda x: x[here[0].to(x.device), here[1].to(x.device), None])
+    split = dictionary.split(read).map(lambda x: _at_answers(x, answers)[:, None])
     features, error = split.features, split.error[:, 0]
     layer = sites.layer_of(dictionary.writes)
     active = features[:, 0].ne(0).any(0).nonzero()[:, 0]
@@ -398,15 +367,18 @@ def _of_dictionary(
     yield Term("decoder bias", layer, None, dictionary.name), _dot(bias, gradient)
 
 
+def _at_answers(x: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    return x[torch.arange(len(answers), device=x.device), answers.to(x.device)]
+
+
 def _replaced(term: Term, site: str) -> bool:
     """Return whether the terms of an SAE at a hook point stand for a component."""
     if term.sae or term.kind.endswith("norm bias") or term.kind == "unembedding bias":
         return False
     if sites.is_stream(site):
-        place = sites.entry(site) or (0, "pre")
-        if term.layer is None:
-            return True
-        return term.layer < place[0] or (term.layer == place[0] and place[1] == "mid" and term.kind in ATTENTION)
+        layer, where = sites.entry(site) or (0, "pre")
+        below = term.layer is None or term.layer < layer
+        return below or (term.layer == layer and where == "mid" and term.kind in ATTENTION)
     kinds = ("head",) if sites.is_component(site, "z") else ATTENTION if sites.is_component(site, "attn_out") else ("mlp",)
     return term.layer == sites.layer_of(site) and term.kind in kinds
 

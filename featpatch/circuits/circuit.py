@@ -1,7 +1,7 @@
 """A circuit, with its faithfulness, completeness, minimality and stability, and how it compares with another one."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
+from featpatch.circuits import criteria
 from featpatch.circuits.curve import SHARES, FaithfulnessCurve, Order, curve_of
 from featpatch.circuits.files import content_of, to_eap_ig, write_json
 from featpatch.circuits.graph import Graph
@@ -19,7 +19,7 @@ from featpatch.diagram.draw import figure
 from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
 from featpatch.effects.statistics import interval
-from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted, decimal, is_number
+from featpatch.errors import FeatpatchError, check_choices, check_kinds, counted, decimal
 from featpatch.nodes import Edge, Node
 from featpatch.page.page import Plotted, write
 from featpatch.pairs.pairs import Pairs
@@ -71,7 +71,8 @@ class Circuit(Plotted):
     @property
     def faithfulness_interval(self) -> tuple[float, float]:
         """The 95 % bootstrap interval of faithfulness over pairs."""
-        low, high = self._interval(self.graph.values([self.items]))[0]
+        graph = self.graph
+        low, high = interval(graph.values([self.items]) - graph.empty, graph.whole - graph.empty)[0]
         return float(low), float(high)
 
     def completeness(self, *, subsets: int = 20, share: float = 0.5, seed: int = 0) -> pd.DataFrame:
@@ -94,18 +95,7 @@ class Circuit(Plotted):
             >>> circuit.completeness(subsets=2).columns.tolist()
             ['removed', 'circuit', 'model', 'incompleteness']
         """
-        check_numbers(1, subsets=subsets)
-        check_numbers(0, seed=seed)
-        if not is_number(share) or not 0 <= share <= 1:
-            raise FeatpatchError(f"share={share!r}: expected a probability, 0 to 1")
-        draws = np.random.default_rng(seed).random((subsets, len(self.items))) < share
-        removed = np.zeros((subsets, len(self.graph.items)), dtype=bool)
-        removed[:, self._places] = draws
-        of_circuit, of_model = (
-            self.graph.faithfulness(self.graph.of_masks(kept & ~removed)) for kept in (self._mask, np.ones_like(self._mask))
-        )
-        return pd.DataFrame({"removed": draws.sum(1), "circuit": of_circuit, "model": of_model,
-                             "incompleteness": np.abs(of_circuit - of_model)})  # fmt: skip
+        return criteria.completeness(self.graph, self.items, subsets, share, seed)
 
     def minimality(self) -> pd.DataFrame:
         """Test minimality: return the exact loss of faithfulness without each single item of the circuit, the least first.
@@ -121,13 +111,7 @@ class Circuit(Plotted):
             >>> len(loss), loss.is_monotonic_increasing
             (3, True)
         """
-        if not self.items:
-            return pd.DataFrame({"item": [], "loss": []})
-        without = np.tile(self._mask, (len(self.items), 1))
-        without[np.arange(len(self.items)), self._places] = False
-        loss = self.faithfulness - self.graph.faithfulness(self.graph.of_masks(without))
-        order = np.argsort(loss, kind="stable")
-        return pd.DataFrame({"item": [str(self.items[n]) for n in order], "loss": loss[order]})
+        return criteria.minimality(self.graph, self.items, self.faithfulness)
 
     def refine(self, *, threshold: float = 0.01, journal: str | Path | None = None, progress: bool = True) -> "Circuit":
         """Remove, one by one from the output down, the items whose removal changes faithfulness by less than the threshold.
@@ -156,20 +140,18 @@ class Circuit(Plotted):
         check_threshold(threshold)
         threshold = float(threshold)
         with self.graph.journal(journal):
-            numbers, finished = run(acdc(self.graph, threshold, self._mask, progress=progress), journal)
+            numbers, finished = run(acdc(self.graph, threshold, self.graph.mask(self.items), progress=progress), journal)
         kept = {self.graph.items[number] for number in numbers}
         metadata = {
             **self.metadata,
             "refined": [*self.metadata.get("refined", []), threshold],
             "finished": self.finished and finished,
         }
-        again = self.again
-        return Circuit(
-            self.graph,
-            tuple(item for item in self.items if item in kept),
-            self.scores,
-            metadata,
-            lambda pairs: again(pairs).refine(threshold=threshold, progress=False),
+        return replace(
+            self,
+            items=tuple(item for item in self.items if item in kept),
+            metadata=metadata,
+            again=lambda pairs: self.again(pairs).refine(threshold=threshold, progress=False),
         )
 
     def curve(self, shares: Sequence[float] | NDArray[Any] = SHARES, *, order: Order = "signed") -> FaithfulnessCurve:
@@ -224,13 +206,7 @@ class Circuit(Plotted):
         check_choices(get_args(Order), order=order)
         self._check_ranked("compare their order with a known circuit")
         true = self.graph.mask(known.items if isinstance(known, Circuit) else known)
-        if true.all() or not true.any():
-            raise FeatpatchError(
-                f"the known circuit has {true.sum()} of {len(true)} items: expected at least one item in it and one outside"
-            )
-        ranked = rankdata(np.abs(self.scores) if order == "absolute" else self.scores)
-        count = int(true.sum())
-        return float((ranked[true].mean() - (count + 1) / 2) / (len(true) - count))
+        return criteria.roc_auc(self.scores, true, order)
 
     def stability(self, *, resamples: int = 5, seed: int = 0) -> pd.DataFrame:
         """Test stability by bootstrap: find the circuit again for pairs drawn with replacement, within each prompt length.
@@ -250,20 +226,7 @@ class Circuit(Plotted):
             >>> stable["size"].tolist(), len(stable.attrs["found"])
             ([3, 3], 3)
         """
-        check_numbers(1, resamples=resamples)
-        check_numbers(0, seed=seed)
-        generator, rows, times = np.random.default_rng(seed), [], np.zeros(len(self.items))
-        for _ in range(resamples):
-            drawn = np.concatenate([self._resampled(group, generator) for group in self.graph.pairs.by_length().values()])
-            other = self.again(Pairs(tuple(self.graph.pairs[int(index)] for index in drawn)))
-            rows.append({"size": len(other), "jaccard": _jaccard(self.items, other.items), "faithfulness": other.faithfulness})
-            found = set(other.items)
-            times += [item in found for item in self.items]
-        table = pd.DataFrame(rows)
-        low, high = np.percentile(table["jaccard"], [2.5, 97.5])
-        table.attrs["jaccard"] = (float(table["jaccard"].mean()), float(low), float(high))
-        table.attrs["found"] = dict(zip(map(str, self.items), (times / resamples).tolist(), strict=True))
-        return table
+        return criteria.stability(self.graph, self.items, self.again, resamples, seed)
 
     def to_networkx(self) -> Any:
         """Return a `networkx.MultiDiGraph` with the score of each item as attribute `effect`.
@@ -352,10 +315,10 @@ class Circuit(Plotted):
             for name, circuit in (("first_score", self), ("second_score", other)):
                 scores = circuit._score_of()
                 table[name] = [scores.get(item, np.nan) for item in items]
-        table.attrs["jaccard"] = _jaccard(self.items, other.items)
-        mine, others = self._nodes(), other._nodes()
+        table.attrs["jaccard"] = criteria.jaccard(self.items, other.items)
+        mine, others = (list(circuit.to_networkx()) for circuit in (self, other))
         table.attrs["nodes"] = [str(node) for node in mine if node in others]
-        table.attrs["node_jaccard"] = _jaccard(mine, others)
+        table.attrs["node_jaccard"] = criteria.jaccard(mine, others)
         return table
 
     def report(self, path: str | Path, *, title: str = "") -> Path:
@@ -412,22 +375,9 @@ class Circuit(Plotted):
         """Whether the search ran to its end; False if a greedy search, ACDC or `refine` was interrupted."""
         return bool(self.metadata.get("finished", True))
 
-    @property
-    def _mask(self) -> NDArray[np.bool_]:
-        return self.graph.mask(self.items)
-
-    @property
-    def _places(self) -> NDArray[np.int64]:
-        """The index of each item in the graph."""
-        return self.graph.places(self.items)
-
     def _score_of(self) -> dict[Node, float]:
         """Return the score of each item of the graph; empty if the search ranked nothing."""
         return dict(zip(self.graph.items, self.scores.tolist(), strict=True)) if len(self.scores) else {}
-
-    def _nodes(self) -> list[Node]:
-        """Return the items or, for a circuit of edges, the nodes that they connect."""
-        return list(self.to_networkx())
 
     def _check_ranked(self, purpose: str) -> None:
         """Raise a FeatpatchError unless the search scored all items."""
@@ -445,19 +395,3 @@ class Circuit(Plotted):
         if scores := self._score_of():
             columns["score"] = [scores[item] for item in self.items]
         return pd.DataFrame(columns)
-
-    def _resampled(self, group: Sequence[int], generator: np.random.Generator) -> NDArray[np.int64]:
-        """Draw pairs of one length with replacement; at least two different ones if ablation values come from other pairs."""
-        while True:
-            drawn = generator.choice(group, len(group))
-            if self.graph.to not in ("mean_by_position", "resample") or len(set(drawn.tolist())) > 1 or len(group) < 2:
-                return drawn
-
-    def _interval(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return interval(values - self.graph.empty, self.graph.whole - self.graph.empty)
-
-
-def _jaccard(first: Iterable[Node], second: Iterable[Node]) -> float:
-    """Return the number of shared nodes over that of all nodes; 1 for two empty circuits."""
-    one, other = set(first), set(second)
-    return len(one & other) / len(one | other) if one | other else 1.0

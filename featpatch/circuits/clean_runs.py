@@ -17,7 +17,7 @@ from featpatch.model.lens import Lens
 from featpatch.nodes import Position
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs, check_unmixed
-from featpatch.patching.ablation import AblationValues, Everywhere, OtherPrompts, Values, named_values
+from featpatch.patching.ablation_values import AblationValues, Everywhere, OtherPrompts, Values, named_values
 from featpatch.patching.runs import combined, continuation, readings_of
 from featpatch.sae.dictionary import Dictionary
 
@@ -149,8 +149,7 @@ class CleanRuns(ABC):
     @cached_property
     def whole(self) -> Array:
         """The metric of each pair in the unpatched clean run."""
-        result: Array = self.combined(self.whole_runs).numpy()
-        return result
+        return self.combined(self.whole_runs).numpy()
 
     def metric_of(self, logits: torch.Tensor, some: Sequence[int]) -> torch.Tensor:
         """Compute the metric `[circuits, runs]` of logits `[circuits, runs, d_vocab]`, with its gradient."""

@@ -37,7 +37,7 @@ from featpatch.model.layer import Head, close, head_from
 from featpatch.model.projections import rounding
 from featpatch.nodes import Edge, Node
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.ablation import Everywhere
+from featpatch.patching.ablation_values import Everywhere
 from featpatch.patching.paths import EdgePart
 from featpatch.patching.route import Senders, receiver_of
 from featpatch.patching.study import Options, Study
@@ -175,8 +175,7 @@ class EdgeGraph(EdgeRuns):
             final = self.lens.read(others, [last])[last]
             with torch.no_grad():
                 values[some] = self.metric_of(self.unembedded(final, *self.prompts(some))[None], some)[0].cpu()
-        result: NDArray[np.float64] = self.combined(values).numpy()
-        return result
+        return self.combined(values).numpy()
 
     @cached_property
     @torch.no_grad()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from featpatch.circuits.attribution import STEPPED, STEPS, Scores
@@ -16,12 +15,25 @@ from featpatch.circuits.edge_graph import EdgeGraph
 from featpatch.circuits.files import SEARCH, check_shape, from_eap_ig, read_circuit
 from featpatch.circuits.graph import Graph
 from featpatch.circuits.mediators import mediators_of
-from featpatch.circuits.node_graph import Errors, NodeGraph
+from featpatch.circuits.node_graph import NodeGraph
+from featpatch.circuits.node_runs import Errors
 from featpatch.circuits.regions import Regions
-from featpatch.circuits.search import acdc, alone, along_edges, by_threshold, check_threshold, greedily, run, to_resume
+from featpatch.circuits.search import (
+    TARGET,
+    THRESHOLD,
+    Method,
+    acdc,
+    along_edges,
+    by_threshold,
+    check_search,
+    estimated_scores,
+    exact_scores,
+    greedily,
+    run,
+)  # fmt: skip
 from featpatch.effects.collector import provenance
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers
+from featpatch.errors import FeatpatchError, check_choices
 from featpatch.metric_functions import Metric
 from featpatch.metrics import Measures, one_metric
 from featpatch.model.lens import Lens
@@ -33,53 +45,9 @@ from featpatch.patching.patches import check_apart
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import check_nodes
 
-Method = Literal["threshold", "greedy", "acdc"]
-"""The name of a search method; see `find_circuit`."""
-
-THRESHOLD = 0.01
-"""The default threshold, a share of the behaviour."""
-
-TARGET = 0.9
-"""The default faithfulness at which a greedy search stops."""
-
 EXACT_WORK = 3e12
 """The largest number of multiply-adds for which edge scores are exact by default: minutes on one CPU core, as timed by
 `python benchmarks/circuits.py --limit 97`."""
-
-
-def check_search(
-    method: str,
-    over: str,
-    scores: str | None,
-    steps: int | None,
-    threshold: float | None,
-    size: int | None,
-    target: float | None,
-) -> None:
-    """Raise a FeatpatchError unless the options of a search are valid, and the search uses each option that is given."""
-    check_choices(get_args(Method), method=method)
-    check_choices(get_args(Scores), scores="exact" if scores is None else scores)
-    check_numbers(1, steps=1 if steps is None else steps)
-    if steps is not None and scores not in STEPPED:
-        raise FeatpatchError(
-            f"steps={steps} with scores={scores or 'exact'!r}: expected steps only with "
-            f"scores={' or '.join(map(repr, STEPPED))}; leave steps out"
-        )
-    if threshold is not None:
-        check_threshold(threshold)
-    check_numbers(1, size=1 if size is None else size)
-    if target is not None:
-        check_fractions(target=target)
-    used = {"threshold": ["threshold", "size"], "greedy": ["target", "size"], "acdc": ["threshold"]}[method]
-    stops = {name: value for name, value in (("threshold", threshold), ("size", size), ("target", target)) if value is not None}
-    said = f"{', '.join(f'{name}={value}' for name, value in stops.items())} with method={method!r}"
-    if not stops.keys() <= set(used) or len(stops) > 1:
-        raise FeatpatchError(f"{said}: expected {' or '.join(used)}{', not both' * (len(used) > 1)}; leave out what is unused")
-    if scores is not None and (method == "acdc" or (method == "greedy" and over == "nodes")):
-        raise FeatpatchError(
-            f"scores={scores!r} with over={over!r} and method={method!r}: expected no scores, because this search ablates "
-            "items step by step; leave scores out"
-        )
 
 
 def check_candidates(over: str, nodes: Any, saes: Any, errors: str | None) -> None:
@@ -220,9 +188,9 @@ def find_circuit(
     with graph.journal(journal):
         if method == "threshold" or (method == "greedy" and over == "edges"):
             ranked = (
-                _exact(graph, journal, progress=progress)
+                exact_scores(graph, journal, progress=progress)
                 if scores == "exact"
-                else _estimated(graph, scores, steps, progress=progress)
+                else estimated_scores(graph, scores, steps or STEPS, progress=progress)
             )
         if method == "threshold":
             numbers = by_threshold(ranked, threshold, size)
@@ -290,7 +258,9 @@ def load_circuit(
             "as reference=..., or another `to`"
         )
     over: Any = about.get("over")
-    nodes, errors = _with_patches(content) or None, cast(Errors, about.get("errors") or "in")
+    candidates, groups = content.get("candidates", ()), content.get("groups", {})
+    nodes = [Patch(groups[node], node.site.removesuffix(TOGETHER)) if node in groups else node for node in candidates] or None
+    errors = cast(Errors, about.get("errors") or "in")
     check_candidates(over, nodes, saes, errors if saes is not None else None)
     positions, seed = about.get("positions", "all"), noted.get("seed")
     graph = _graph(lens, pairs, saes, over, nodes, to, errors, metric, positions, reference, seed)
@@ -325,12 +295,6 @@ def load_circuit(
 
     metadata = {**about, "metric": graph.name, "outside": to, **provenance(lens, pairs)}
     return Circuit(graph, items, scores, metadata, again)
-
-
-def _with_patches(content: Mapping[str, Any]) -> list[Node | Patch]:
-    """Return the candidates of a circuit in a file, with patches as they were passed to `find_circuit`."""
-    candidates, groups = content.get("candidates", ()), content.get("groups", {})
-    return [Patch(groups[node], node.site.removesuffix(TOGETHER)) if node in groups else node for node in candidates]
 
 
 def _graph(
@@ -383,25 +347,6 @@ def _default_scores(graph: Graph, method: Method, *, progress: bool) -> Scores:
             file=sys.stderr,
         )
     return "estimate"
-
-
-def _exact(graph: Graph, journal: str | Path | None, *, progress: bool) -> NDArray[np.float64]:
-    """Return exact scores of all items.
-
-    Raises:
-        KeyboardInterrupt: after Ctrl-C, because a part of the scores gives no ranking.
-    """
-    try:
-        return alone(graph, progress=progress)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"the exact scores are not finished; {to_resume(journal)}") from interrupt
-
-
-def _estimated(graph: Graph, scores: Scores, steps: int | None, *, progress: bool) -> NDArray[np.float64]:
-    """Return the estimated loss of faithfulness with each item ablated."""
-    found = graph.estimates(scores, STEPS if steps is None else steps, progress=progress)
-    result: NDArray[np.float64] = found / (graph.whole.mean() - graph.empty.mean())
-    return result
 
 
 def _candidates(

@@ -133,8 +133,7 @@ class Graph(CleanRuns):
         if known is None:
             known = torch.from_numpy(self._timed(measure)).flatten()
             self._journal.put(key, known)
-        result: Array = known.numpy().reshape(shape)
-        return result
+        return known.numpy().reshape(shape)
 
     def _timed(self, measure: Callable[[], Array]) -> Array:
         """Measure values, and add the time that this takes to `_busy`."""
@@ -222,8 +221,7 @@ class Graph(CleanRuns):
     def faithfulness(self, values: NDArray[Any]) -> Array:
         """Return the faithfulness of metrics `[..., pairs]`, a ratio of means: (m - m(empty)) / (m(whole) - m(empty))."""
         whole, empty = self.whole.mean(), self.empty.mean()
-        result: Array = (values.mean(-1) - empty) / (whole - empty)
-        return result
+        return (values.mean(-1) - empty) / (whole - empty)
 
     def check_gap(self) -> None:
         """Raise a FeatpatchError if ablating everything hardly changes the metric."""
@@ -254,8 +252,7 @@ class Graph(CleanRuns):
                 for some in self._groups():
                     found, _ = self.slopes(some, points, weights[:, some], bar.update)
                     total += found.numpy()
-        result: Array = -total / len(self.pairs)
-        return result
+        return -total / len(self.pairs)
 
     def _weights(self, points: Sequence[Point]) -> Float[torch.Tensor, "points runs"]:
         """Return the derivative of the sum of all pairs' metrics with respect to the metric of each run, at each point."""

@@ -155,8 +155,7 @@ def _measured(
         logits = run.logits(np.arange(len(graph.pairs)), parents)
         some = [number for number in range(len(graph.runs)) if graph.continuation(number) == tokens]
         values[some] = graph.metric_of(logits[[graph.readings[number][0] for number in some]][None], some)[0].cpu()
-    result: NDArray[np.float64] = graph.combined(values).numpy()
-    return result
+    return graph.combined(values).numpy()
 
 
 @dataclass(eq=False)

@@ -1,18 +1,29 @@
-"""Searches for the items of a circuit: by threshold, greedily, or by pruning from the output down (ACDC)."""
+"""Searches for the items of a circuit, by their scores, greedily, or by pruning from the output down (ACDC)."""
 
 import heapq
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from featpatch.circuits.attribution import STEPPED, Scores
 from featpatch.circuits.curve import ranking
 from featpatch.circuits.graph import Graph
-from featpatch.errors import FeatpatchError, is_finite
+from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers, is_finite
 from featpatch.nodes import LOGITS, Edge, Node
+
+Method = Literal["threshold", "greedy", "acdc"]
+"""The name of a search method; see `find_circuit`."""
+
+THRESHOLD = 0.01
+"""The default threshold, a share of the behaviour."""
+
+TARGET = 0.9
+"""The default faithfulness at which a greedy search stops."""
 
 ROUNDING = 1e-6
 """The tolerance with which a target counts as reached."""
@@ -30,11 +41,59 @@ def check_threshold(threshold: object) -> None:
         raise FeatpatchError(f"threshold={threshold!r}: expected a finite fraction of the behaviour above 0, such as 0.01")
 
 
-def alone(graph: Graph, *, progress: bool = False) -> NDArray[np.float64]:
-    """Return the exact loss of faithfulness with only one item ablated, for each item, `[items]`."""
-    whole = graph.faithfulness(graph.values([graph.items]))[0]
-    result: NDArray[np.float64] = whole - graph.faithfulness(graph.alone(progress=progress))
+def check_search(
+    method: str,
+    over: str,
+    scores: str | None,
+    steps: int | None,
+    threshold: float | None,
+    size: int | None,
+    target: float | None,
+) -> None:
+    """Raise a FeatpatchError unless the options of a search are valid, and the search uses each option that is given."""
+    check_choices(get_args(Method), method=method)
+    check_choices(get_args(Scores), scores="exact" if scores is None else scores)
+    check_numbers(1, steps=1 if steps is None else steps)
+    if steps is not None and scores not in STEPPED:
+        raise FeatpatchError(
+            f"steps={steps} with scores={scores or 'exact'!r}: expected steps only with "
+            f"scores={' or '.join(map(repr, STEPPED))}; leave steps out"
+        )
+    if threshold is not None:
+        check_threshold(threshold)
+    check_numbers(1, size=1 if size is None else size)
+    if target is not None:
+        check_fractions(target=target)
+    used = {"threshold": ["threshold", "size"], "greedy": ["target", "size"], "acdc": ["threshold"]}[method]
+    stops = {name: value for name, value in (("threshold", threshold), ("size", size), ("target", target)) if value is not None}
+    said = f"{', '.join(f'{name}={value}' for name, value in stops.items())} with method={method!r}"
+    if not stops.keys() <= set(used) or len(stops) > 1:
+        raise FeatpatchError(f"{said}: expected {' or '.join(used)}{', not both' * (len(used) > 1)}; leave out what is unused")
+    if scores is not None and (method == "acdc" or (method == "greedy" and over == "nodes")):
+        raise FeatpatchError(
+            f"scores={scores!r} with over={over!r} and method={method!r}: expected no scores, because this search ablates "
+            "items step by step; leave scores out"
+        )
+
+
+def exact_scores(graph: Graph, journal: str | Path | None, *, progress: bool) -> NDArray[np.float64]:
+    """Return the exact loss of faithfulness with only one item ablated, for each item, `[items]`.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, because a part of the scores gives no ranking.
+    """
+    try:
+        whole = graph.faithfulness(graph.values([graph.items]))[0]
+        result: NDArray[np.float64] = whole - graph.faithfulness(graph.alone(progress=progress))
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"the exact scores are not finished; {to_resume(journal)}") from interrupt
     return result
+
+
+def estimated_scores(graph: Graph, scores: Scores, steps: int, *, progress: bool) -> NDArray[np.float64]:
+    """Return the estimated loss of faithfulness with only one item ablated, for each item, `[items]`."""
+    found = graph.estimates(scores, steps, progress=progress)
+    return found / (graph.whole.mean() - graph.empty.mean())
 
 
 def by_threshold(scores: NDArray[np.float64], threshold: float, size: int | None) -> list[int]:

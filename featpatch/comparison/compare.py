@@ -273,10 +273,11 @@ class Comparison:
         return "\n\n".join([*shown, *map(visible, self._notes())])
 
     def _repr_html_(self) -> str:
-        shown = [
-            f"<p>{escape(title)}</p>{_filled(frame).to_html(index=False, escape=True, float_format='{:.3f}'.format)}"
-            for title, frame in self._sections().items()
-        ]
+        shown = []
+        for title, frame in self._sections().items():
+            filled = frame.astype(object).where(frame.notna(), "")
+            html = filled.to_html(index=False, escape=True, float_format="{:.3f}".format)
+            shown.append(f"<p>{escape(title)}</p>{html}")
         return "".join([*shown, *(f"<p>{escape(note)}</p>" for note in self._notes())])
 
 
@@ -375,8 +376,3 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
             "them, since their effects are summed; pass the whole table"
         )
     return shared
-
-
-def _filled(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a table for display, with empty cells for unknown values."""
-    return frame.astype(object).where(frame.notna(), "")

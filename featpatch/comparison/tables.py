@@ -87,9 +87,10 @@ class ContributionTables:
         answers = measure(writers, pairs, [*downstream, *upstream])
         through = [row for of_one in zip(downstream, answers[: len(downstream)], strict=True) for row in _rows(*of_one, top)]
         written = [row for of_one in zip(upstream, answers[len(downstream) :], strict=True) for row in _rows(*of_one, None)]
+        written.sort(key=lambda row: -row.contribution)
         return cls(
             known.frame([row for node in sources for row in _of_component(through, node)[:top]]),
-            known.frame([row for node in targets for row in _of_feature(written, node)]),
+            known.frame([row for node in targets for row in written if row.feature == node]),
             _notes(writers),
         )
 
@@ -170,11 +171,6 @@ def _of_component(rows: list[Row], node: Node) -> list[Row]:
     """Return the rows of the features to which a component contributes, largest contribution first."""
     own = [row for row in rows if row.writer == _writer(node) and row.feature.position == node.position and row.contribution]
     return sorted(own, key=lambda row: -abs(row.contribution))
-
-
-def _of_feature(rows: list[Row], node: Node) -> list[Row]:
-    """Return the rows of the writers of a feature, largest contribution first."""
-    return sorted((row for row in rows if row.feature == node), key=lambda row: -row.contribution)
 
 
 @dataclass(frozen=True)

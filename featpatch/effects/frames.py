@@ -56,8 +56,8 @@ def full(effects: Measured) -> pd.DataFrame:
     if effects.has_gap:
         table.insert(int(table.columns.get_loc("pairs")) + 1, "pairs_with_gap", int(effects.with_gap.sum()))
     table.insert(int(table.columns.get_loc("changed_pairs")) + 1, "smallest_p", effects.smallest_p)
-    for metric, other in effects.others.items():
-        columns = full(other).filter(regex="^(recovery|degradation)|^(quadrant|pairs_with_gap|unit)$")
+    for metric in effects.others:
+        columns = full(effects.for_metric(metric)).filter(regex="^(recovery|degradation)|^(quadrant|pairs_with_gap|unit)$")
         table = table.join(columns.add_prefix(f"{metric}_"))
     return table
 
@@ -155,15 +155,7 @@ def pairs_by_value(effects: Measured, tag: str) -> dict[str, NDArray[np.int64]]:
 
 
 def by_tag(effects: Measured, tag: str, effect: Effect) -> pd.DataFrame:
-    """Return the pooled effect for each value of a tag, one row per node.
-
-    The columns for a value, for example `swap_s2` with `recovery`, are `recovery_swap_s2`, `recovery_swap_s2_low` and `_high`
-    (95 % bootstrap interval over these pairs) and `recovery_swap_s2_rank` (1 is the largest of all features that were ranked).
-    All are NaN for a value whose pairs have a mean gap near zero; the interval is also NaN for a value with a single pair.
-
-    `depends` is True for a feature whose intervals under two values do not overlap. It is not a test with a controlled error
-    rate: intervals over a few pairs are too narrow, and among thousands of features some intervals do not overlap by chance.
-    """
+    """Return the table of `Effects.by_tag`."""
     table = _fields(effects.nodes)
     change, rows, ranked = effects.whole.changes(effect).toarray(), effects.rows_in_whole(), effects.whole.ranked
     intervals = []
@@ -187,8 +179,7 @@ def _apart(intervals: list[NDArray[Any]]) -> NDArray[np.bool_]:
     Intervals that touch overlap, and NaN overlaps everything.
     """
     apart = [(one[:, 0] > other[:, 1]) | (other[:, 0] > one[:, 1]) for one, other in combinations(intervals, 2)]
-    result: NDArray[np.bool_] = np.any(apart, axis=0)
-    return result
+    return np.any(apart, axis=0)
 
 
 SPLITS = 100

@@ -261,5 +261,4 @@ def _sides(interval: NDArray[np.float64], threshold: NDArray[np.float64]) -> lis
     """Return for each effect on which side of its threshold `[rows]` it is: above, within, below or undecided."""
     low, high = interval.T
     cases = {"above": low > threshold, "within": (low >= -threshold) & (high <= threshold), "below": high < -threshold}
-    found: list[str] = np.select(list(cases.values()), list(cases), UNDECIDED).tolist()
-    return found
+    return np.select(list(cases.values()), list(cases), UNDECIDED).tolist()

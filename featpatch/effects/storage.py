@@ -105,8 +105,9 @@ def load(path: Path) -> list[dict[str, Any]]:
             check_columns(table, len(nodes))
             if any(column.shape != (len(nodes),) or column.dtype != np.float64 for column in spread.values()):
                 raise FeatpatchError(f"the spread of {m} does not fit: expected {len(nodes)} float64 values, one per row")
-            if spread and not _draws(metadata.get("noise")):
-                raise FeatpatchError(f"noise is {_short(metadata.get('noise'))}: expected its number of draws")
+            noise = metadata.get("noise")
+            if spread and not (isinstance(noise, dict) and _count(noise.get("draws"))):
+                raise FeatpatchError(f"noise is {_short(noise)}: expected its number of draws")
             table["spread"] = spread
         return tables
     except (SafetensorError, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
@@ -237,10 +238,6 @@ def _node(values: Any) -> Node:
 
 def _text(value: Any) -> bool:
     return isinstance(value, str)
-
-
-def _draws(value: Any) -> bool:
-    return isinstance(value, dict) and _count(value.get("draws"))
 
 
 def _count(value: Any) -> bool:

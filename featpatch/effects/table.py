@@ -1,10 +1,10 @@
-"""The table of results: selection of rows, quadrants, tables, figures and files."""
+"""The table of results: its largest rows, quadrants, tables, figures and files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,20 +15,21 @@ from featpatch.effects.frames import SPLITS, TOP, Stability, split_half
 from featpatch.effects.grid import Grid, chosen, grid
 from featpatch.effects.measured import Measured
 from featpatch.effects.plots import Plots
-from featpatch.effects.selection import WHERE_CHANGED, By, check_measured, least_to_sort, measured_effect, sorting
+from featpatch.effects.selection import WHERE_CHANGED, By, least_to_sort, measured_effect, sorting
 from featpatch.effects.statistics import check_threshold, quadrant_labels
-from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted
+from featpatch.effects.values import PatchedValues  # noqa: F401 (the annotations of inherited fields are resolved here)
+from featpatch.errors import FeatpatchError, check_numbers, counted
 from featpatch.files import as_path, path_to_write
 from featpatch.frame import ROWS, Frame, text
-from featpatch.nodes import EFFECTS, KINDS, Effect, Node, Position
+from featpatch.nodes import EFFECTS, Effect, Position
 
 
 @dataclass(frozen=True, repr=False)
 class Effects(Measured):
     """A table of effects, with one row per node: the result of every sweep and of every gradient estimate.
 
-    Values and statistics are those of `Measured`. This class adds the selection of rows, quadrants, tables, figures, files and
-    the audit of a screened ranking.
+    `PatchedValues` selects rows and pairs, and `Measured` computes effects and statistics. This class adds the order of rows,
+    quadrants, tables, figures, files and the audit of a screened ranking.
 
     Examples:
         >>> strongest = effects.top(3)
@@ -37,51 +38,6 @@ class Effects(Measured):
         >>> sum(quadrant == "both directions" for quadrant in effects.quadrants())
         3
     """
-
-    def for_metric(self, name: str) -> "Effects":
-        """Return the table of the same patched runs for another metric.
-
-        Args:
-            name: the name of the metric, one of `metrics`.
-
-        Raises:
-            FeatpatchError: this metric was not measured.
-
-        Examples:
-            >>> both = fp.rank_features(model, saes, pairs, positions=["S2"], metric=["logit_diff", "log_prob"], progress=False)
-            >>> both.metrics
-            ['logit_diff', 'log_prob']
-            >>> both.for_metric("log_prob").nodes == both.nodes
-            True
-        """
-        if name not in self.metrics:
-            raise FeatpatchError(
-                f"metric {name!r} was not measured: expected one of {', '.join(self.metrics)}; to have it, rank with it too"
-            )
-        return cast(Effects, self.others.get(name, self))
-
-    def where(self, **wanted: Any) -> "Effects":
-        """Return the rows whose node has these field values, e.g. `where(kind="feature", position="S2")`.
-
-        Raises:
-            FeatpatchError: a node has no such field, the kind is not one of `fp.nodes.KINDS`, or nothing was measured at this
-                site or position or for this SAE.
-
-        Examples:
-            >>> errors = effects.where(kind="error")
-            >>> [node.sae for node in errors.nodes]
-            ['blocks.1.hook_resid_pre', 'blocks.3.hook_resid_post']
-        """
-        fields = Node.__dataclass_fields__
-        if unknown := sorted(set(wanted) - set(fields)):
-            raise FeatpatchError(f"unknown columns {', '.join(map(repr, unknown))}: expected some of {', '.join(fields)}")
-        check_kinds((str, int, np.integer, type(None)), **wanted)
-        if "kind" in wanted:
-            check_choices(KINDS, kind=wanted["kind"])
-        rows = [i for i, n in enumerate(self.nodes) if all(getattr(n, k) == v for k, v in wanted.items())]
-        if not rows:
-            check_measured(self.whole.nodes, self.metadata, wanted)
-        return self.take(rows)
 
     def top(
         self, n: int = 20, *, by: By | None = None, kind: str | None = "ranked", least_changed: int | None = None
@@ -127,20 +83,7 @@ class Effects(Measured):
         run = self.directions_run()
         if effects is not None and not set(effects) <= set(run):
             raise FeatpatchError(f"effects={effects}: expected some of the measured effects, {', '.join(run)}")
-        result: Array = np.max([np.abs(self.pooled(effect)) for effect in effects or run], axis=0)
-        return result
-
-    def known(self) -> "Effects":
-        """Return the rows whose values are all known; after an interruption, those that were finished in every pair.
-
-        Examples:
-            >>> len(effects.known()) == len(effects)
-            True
-        """
-        runs = {"recovery": self.denoised, "degradation": self.noised}
-        known = np.ones(len(self), dtype=bool)
-        known[self.row[np.any([np.isnan(runs[effect]) for effect in self.directions_run()], axis=0)]] = False
-        return self.take(known)
+        return np.max([np.abs(self.pooled(effect)) for effect in effects or run], axis=0)
 
     def with_threshold(self, threshold: float) -> "Effects":
         """Return the same table with another threshold for its quadrants, used in all tables, files and reports made from it.
@@ -250,8 +193,13 @@ class Effects(Measured):
     def by_tag(self, tag: str, effect: Effect) -> pd.DataFrame:
         """Return the pooled effects for each value of a tag of the pairs, with intervals and ranks, one row per node.
 
-        For example `by_tag("corruption", "recovery")`. The column `depends` is True for a feature whose intervals under two
-        values do not overlap; see `frames.by_tag`.
+        The columns for a value, for example `swap_s2` with `recovery`, are `recovery_swap_s2`, `recovery_swap_s2_low` and
+        `_high` (95 % bootstrap interval over these pairs) and `recovery_swap_s2_rank` (1 is the largest of all features that
+        were ranked). All are NaN for a value whose pairs have a mean gap near zero; the interval is also NaN for a value with a
+        single pair.
+
+        `depends` is True for a feature whose intervals under two values do not overlap. It is not a test with a controlled
+        error rate: intervals over a few pairs are too narrow, and among thousands of features some do not overlap by chance.
 
         Args:
             tag: the name of the tag.

@@ -137,14 +137,12 @@ class Model:
     @property
     def first_weight(self) -> torch.Tensor:
         """The first weight, whose dtype and device are those of activations at the start of the model."""
-        weight: torch.Tensor = next(self.model.parameters())
-        return weight
+        return next(self.model.parameters())
 
     @property
     def unembedding(self) -> Float[torch.Tensor, "d_model d_vocab"]:
         """The matrix from the residual stream to logits."""
-        weight: torch.Tensor = self.model.unembed.W_U
-        return weight
+        return self.model.unembed.W_U
 
     def has_mlp(self, layer: int) -> bool:
         """Return whether a layer has an MLP."""
@@ -199,8 +197,7 @@ def once(module: torch.nn.Module, find: Callable[[torch.nn.Module], Found], *abo
     key = about or find
     if key not in known[1]:
         known[1][key] = find(module)
-    result: Found = known[1][key]
-    return result
+    return known[1][key]
 
 
 def settings(module: torch.nn.Module) -> tuple[Hashable, ...]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 
 from featpatch.errors import FeatpatchError
-from featpatch.model.lens import Edit, Lens, answering, check_read
+from featpatch.model.lens import Edit, Lens, answering, check_read, copying
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,6 @@ def gradients(
     leaves: dict[str, torch.Tensor] = {}
     activations: dict[str, torch.Tensor] = {}
 
-    def read(name: str) -> Edit:
-        def keep(activation: torch.Tensor) -> None:
-            activations[name] = activation.detach().clone()
-
-        return keep
-
     def leaf(name: str) -> Edit:
         def keep(activation: torch.Tensor) -> torch.Tensor:
             leaves[name] = activation.clone().requires_grad_()
@@ -68,7 +62,7 @@ def gradients(
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
         tokens, answers = tokens.clone().to(lens.device), answers.clone().to(lens.device)
         for name in reads:
-            stack.enter_context(lens.edit(name, read(name)))
+            stack.enter_context(lens.edit(name, copying(name, activations)))
         carried = [name for name in hooks if lens.carrier(name) != name]
         for name in (name for name in hooks if name not in carried):
             stack.enter_context(lens.edit(name, leaf(name)))

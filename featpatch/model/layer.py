@@ -89,19 +89,14 @@ class Norm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise rows, on the device of the weight."""
         x = x if self.weight is None else x.to(self.weight.device)
-        if self.frozen:
-            return self._with_constant_scale(x)
-        if self.centred:
+        if self.centred and not self.frozen:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        if self.frozen:
+            found = self.scaled(wide, wide.detach())
+            return (found if self.bias is None else found + self.bias.to(found)).to(x.dtype)
         weight = self.weight if self.weight is None else self.weight.to(wide.dtype)
         return F.rms_norm(wide, x.shape[-1:], weight, self.eps).to(x.dtype)
-
-    def _with_constant_scale(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        found = self._centred(wide) / self._scale(wide).detach()
-        found = found if self.weight is None else found * self.weight.to(found)
-        return (found if self.bias is None else found + self.bias.to(found)).to(x.dtype)
 
     def pull(self, weights: Float[torch.Tensor, "*rows d"], at: Float[torch.Tensor, "*at d"]) -> Float[torch.Tensor, "*rows d"]:
         """Return the gradient of `norm(at) @ weights` with respect to `at`, row by row, with the scale frozen at its value.

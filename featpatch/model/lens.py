@@ -30,6 +30,12 @@ def added(base: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
 Edit = Callable[[torch.Tensor], torch.Tensor | None]
 """A function from an activation to its new value, or to None if it stays as it is."""
 
+
+def copying(key: Any, into: dict[Any, torch.Tensor]) -> Edit:
+    """Return an edit that copies the activation under a key and leaves it as it is."""
+    return lambda activation: into.update({key: activation.detach().clone()})
+
+
 ROWS = 4096
 """Maximum number of positions that go through one layer together."""
 
@@ -221,18 +227,12 @@ class Lens(Model, ABC):
         activations: dict[str, torch.Tensor] = {}
         entering: dict[int, torch.Tensor] = {}
 
-        def keeping(key: Any, into: dict[Any, torch.Tensor]) -> Edit:
-            def keep(activation: torch.Tensor) -> None:
-                into[key] = activation.detach().clone()
-
-            return keep
-
         entries = {layer: sites.resid_pre(layer) for layer in layers}
         with ExitStack() as stack:
             for layer, name in entries.items():
-                stack.enter_context(self.edit(name, keeping(layer, entering), first=True))
+                stack.enter_context(self.edit(name, copying(layer, entering), first=True))
             for name in hooks:
-                stack.enter_context(self.edit(name, keeping(name, activations)))
+                stack.enter_context(self.edit(name, copying(name, activations)))
             masked = {} if mask is None else {"attention_mask": mask.to(self.device)}
             self._run_upto(sites.highest([*hooks, *entries.values()], self.n_layers), tokens.to(self.device), **masked)
         check_read(hooks, activations)

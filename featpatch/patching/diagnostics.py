@@ -28,7 +28,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import DIRECTIONS, Direction, Node, Patch, check_directions
 from featpatch.pairs.pairs import Pairs, check_counterfactual
-from featpatch.patching.do import Chosen, Values, choose
+from featpatch.patching.chosen import Chosen, Values, choose
 from featpatch.patching.runs import chunks
 from featpatch.sae.dictionary import dictionaries
 

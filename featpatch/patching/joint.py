@@ -26,8 +26,9 @@ from featpatch.nodes import LOGITS, Combine, Direction, Node, Patch, Position, j
 from featpatch.pairs.pair import Pair, spans_of
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import Part, Swap
+from featpatch.patching.chosen import Chosen, check_settable, choose
 from featpatch.patching.components import HeadPart, WholePart, neuron_part
-from featpatch.patching.do import Chosen, check_settable, choose, keeping
+from featpatch.patching.do import keeping
 from featpatch.patching.features import FeaturePart, OnlyPart
 from featpatch.patching.patches import PatchesPart, check_apart
 from featpatch.patching.runs import Contrast, PairRuns, Run

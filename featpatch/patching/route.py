@@ -62,7 +62,8 @@ class Stream:
         if self.route == "direct":
             return self.changes * self.reached(place).to(self.changes)[:, None, None]
         if place not in self._at:
-            self._at[place] = self._below(place) + self.changes * self._here(place).to(self.changes)[:, None, None]
+            here = torch.tensor([entry == place for entry in self.entering]).to(self.changes)
+            self._at[place] = self._below(place) + self.changes * here[:, None, None]
         return self._at[place]
 
     def read(self, hook: str) -> Float[torch.Tensor, "rows_and_base pos ..."]:
@@ -87,9 +88,6 @@ class Stream:
         attention = sites.component(layer, "attn_out")
         put = {attention: added(self.base.at(attention), change - below)} if behind else {}
         return self.lens.through(layer, added(self.base.at(sites.resid_pre(layer)), below), self.tokens, hook, put)
-
-    def _here(self, place: Place) -> Bool[torch.Tensor, " rows"]:
-        return torch.tensor([entry == place for entry in self.entering])
 
     def _below(self, place: Place) -> torch.Tensor:
         """Return the change that arrives from the place before, with that of the component in between if it is recomputed."""

@@ -5,22 +5,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from featpatch import sites
 from featpatch.effects.frames import TOP, brief, pairs_by_value, sample
 from featpatch.effects.statistics import CONFIDENCE, RESAMPLES, SEED, bounds
 from featpatch.effects.table import Effects
 from featpatch.errors import counted, decimal
 from featpatch.nodes import Effect, Node
-from featpatch.page.charts import Bar, Points, bars, grid, points, strips
+from featpatch.page.charts import Bar, Points, bars, points, strips
 from featpatch.page.page import Block, Section, block, page, table
 from featpatch.pairs.text import PairText
 from featpatch.reporting.conclusion import concluded, measurable, noun_of, short_names, strongest
+from featpatch.reporting.hook_points import maps_section, sites_section
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,6 @@ FIRST = 10
 OPEN = 2
 """The number of feature cards that are open at first."""
 
-PLACES = 16
-"""The largest number of hook points and positions in a chart; the table below it shows all."""
-
 NAMED = 6
 """The number of features that are named in the chart of both effects."""
 
@@ -104,7 +100,7 @@ def page_of(effects: Effects, material: Material, components: Effects | None) ->
     rows = strongest(effects)
     found: list[Section | None] = [_answer(effects, rows, material)]
     if measurable(effects):
-        found += [_features(effects, material), _maps(effects, components), _quadrants(rows), _sites(effects)]
+        found += [_features(effects, material), maps_section(effects, components), _quadrants(rows), sites_section(effects)]
     found += [Section(f"figure-{n}", title, "", [chart]) for n, (title, chart) in enumerate(material.figures.items())]
     found += material.sections
     if measurable(effects):
@@ -119,12 +115,9 @@ def _title(effects: Effects) -> str:
     """Return a question that names the tasks of the pairs, if they have names."""
     tasks = list(dict.fromkeys(tags["task"] for tags in effects.metadata.get("tags", []) if tags.get("task")))
     on = f"its answers in the task {tasks[0]}" if len(tasks) == 1 else "this behaviour"
-    return f"Which {noun_of(effects)}s of {_model(effects)} cause {on}?"
-
-
-def _model(effects: Effects) -> str:
     name = Path(effects.metadata.get("model", {}).get("name", "")).name
-    return f"the model {name}" if name and name != "model" else "the model"
+    model = f"the model {name}" if name and name != "model" else "the model"
+    return f"Which {noun_of(effects)}s of {model} cause {on}?"
 
 
 def _subtitle(effects: Effects) -> str:
@@ -273,9 +266,14 @@ def _features(effects: Effects, material: Material) -> Section | None:
     rows, run = effects.take([numbers[node] for node in material.features]), effects.directions_run()
     quadrants = rows.quadrants() if len(run) == 2 else []
     names, per_pair = short_names(rows.nodes), {effect: rows.per_pair(effect) for effect in run}
+    pairs = [f"pair {number}" for number in range(len(effects.clean))]
     features = []
     for n, card in enumerate(material.features.values()):
         prompt = material.prompts[card.pair]
+        chart = ""
+        if len(effects.clean) > 1:
+            lines = [(effects.titled(effect), per_pair[effect][n].tolist()) for effect in run]
+            chart = Markup('<div class="narrow">{}</div>').format(strips(lines, pairs))
         values = [f"{effects.titled(effect)} {_number(rows.pooled(effect)[n], *rows.interval(effect)[n])}" for effect in run]
         features.append(
             {
@@ -290,9 +288,7 @@ def _features(effects: Effects, material: Material) -> Section | None:
                 "largest": max([1e-12, *np.abs(card.clean), *np.abs(card.corrupted)]),
                 "examples": card.examples,
                 "peak": max([1e-12, *(abs(value) for _, shown in card.examples for value in shown)]),
-                "chart": _of_pairs([(effects.titled(effect), per_pair[effect][n].tolist()) for effect in run])
-                if len(effects.clean) > 1
-                else "",
+                "chart": chart,
                 "facts": list(card.facts.items()),
                 "link": card.link,
             }
@@ -302,11 +298,6 @@ def _features(effects: Effects, material: Material) -> Section | None:
         "promotes and suppresses is its direct path to the logits, without the final norm."
     )
     return Section("features", "Feature cards", text, [block("cards.html", features=features, opened=OPEN)])
-
-
-def _of_pairs(rows: Sequence[tuple[str, Any]]) -> Block:
-    """Return a chart of the effect of one row in each pair."""
-    return Markup('<div class="narrow">{}</div>').format(strips(rows, [f"pair {n}" for n in range(len(rows[0][1]))]))
 
 
 def _quadrants(rows: Effects) -> Section | None:
@@ -325,10 +316,12 @@ def _quadrants(rows: Effects) -> Section | None:
         at = np.flatnonzero(labels == label).tolist()
         series.append(Points(name, x[at].tolist(), y[at].tolist(), [names[n] for n in at], named=len(named & set(at))))
     thresholds = [_thresholds(rows, effect) for effect in run]
+    ends = " and ".join(" to ".join(f"{value:.2g}" for value in of_effect) for of_effect in thresholds)
     text = (
         "Further right: restores more of the behaviour on its own (sufficient?). Further up: more of the behaviour is lost "
         "without it (necessary?). A low degradation can hide a backup that becomes active only when the feature is ablated. "
-        + _said(thresholds, rows.threshold)
+        f"Dashed: the threshold, {100 * rows.threshold:.4g} % of the whole activation's effect at a row's hook point and "
+        f"position, at its lowest and highest ({ends})."
     )
     grey = Points("undecided or below the threshold", x[others].tolist(), y[others].tolist())
     chart = points([*series, grey], "recovery (denoising)", "degradation (noising)", lines=(thresholds[0], thresholds[1]))
@@ -339,87 +332,6 @@ def _thresholds(rows: Effects, effect: Effect) -> list[float]:
     """Return the lowest and the highest threshold of these rows; one if they are the same."""
     values = bounds(rows.threshold, rows.carried(effect))
     return sorted({float(values.min()), float(values.max())}) if len(values) else []
-
-
-def _said(thresholds: list[list[float]], share: float) -> str:
-    """Return what the dashed lines are."""
-    values = " and ".join(" to ".join(f"{value:.2g}" for value in of_effect) for of_effect in thresholds)
-    return (
-        f"Dashed: the threshold, {100 * share:.4g} % of the whole activation's effect at a row's hook point and position, at "
-        f"its lowest and highest ({values})."
-    )
-
-
-def _sites(effects: Effects) -> Section | None:
-    frame = effects.sites()
-    if not len(frame):
-        return None
-    run = effects.directions_run()
-    names = short_names([Node(row["site"], "activation", None, row["position"], row["sae"]) for _, row in frame.iterrows()])
-    sizes = frame[[f"{effect}_activation" for effect in run]].abs().max(axis=1).to_numpy()
-    chosen = np.sort(np.argsort(-sizes, kind="stable")[:PLACES])
-    nan = float("nan")
-    charts = [
-        bars(
-            [Bar(names[n], [(float(frame[f"{effect}_{kind}"].iloc[n]), nan, nan) for kind in PARTS]) for n in chosen],
-            list(PARTS.values()),
-            title=effects.titled(effect),
-        )
-        for effect in run
-    ]
-    shown = pd.DataFrame({"hook point": names, "changed features": frame["changed_features"]})
-    for effect in run:
-        for kind, words in PARTS.items():
-            shown[f"{effect}: {words}"] = frame[f"{effect}_{kind}"].round(4) + 0.0
-    text = (
-        "What the whole activation carries, what all features of the SAE carry with the error term kept, and what the error "
-        "term alone carries, which the SAE does not explain; effects.sites() also has their interaction."
-    )
-    if len(chosen) < len(frame):
-        text += f" The charts show the {len(chosen)} places with the largest effects of {len(frame)}."
-    side_by_side = Markup('<div class="columns narrow">{}</div>').format(Markup("").join(charts))
-    first = ["hook point", f"{run[0]}: {PARTS['all_features']}", f"{run[0]}: {PARTS['error']}"]
-    return Section("sites", "Whole activation, features, error", text, [side_by_side, table(shown, rows=10, first=first)])
-
-
-PARTS = {"activation": "whole", "all_features": "features", "error": "error"}
-"""The parts of an activation with their names in charts."""
-
-
-def _maps(effects: Effects, components: "Effects | None") -> Section | None:
-    kinds = {node.kind for node in effects.nodes}
-    charts = [_map(effects, "feature")] if "feature" in kinds and "screening" not in effects.metadata else []
-    if components is not None:
-        found = {node.kind for node in components.nodes}
-        charts = [_map(components, kind) for kind in ("activation", "head") if kind in found] + charts
-    text = (
-        "Effects of components first, if they were ranked too; for heads and for features, the sum of their individual "
-        "effects. Blue is positive, orange is negative; an empty cell holds no row."
-    )
-    side_by_side = Markup('<div class="columns">{}</div>').format(Markup("").join(charts))
-    return Section("maps", "Effects by layer and position", text, [side_by_side]) if charts else None
-
-
-def _height(site: str) -> tuple[int, int, str]:
-    """Return a key that sorts hook points from the first to the last layer, and within a layer by where they are read."""
-    name, inside, known = sites.short(site), sites.within(site), list(sites.ENTRIES)
-    layer = int(name.split()[0][1:]) if name != site else -1
-    return layer, known.index(inside) if inside in known else len(known), inside
-
-
-def _map(effects: Effects, kind: str) -> Block:
-    """Return a table of sums of effects by hook point and position."""
-    rows = effects.take([row for row, node in enumerate(effects.nodes) if node.kind == kind])
-    chosen = rows.directions_run()[0]
-    cells: dict[tuple[str, str], float] = {}
-    lines = {site: sites.short(site) for site in sorted({node.site for node in rows.nodes}, key=_height)}
-    for node, value in zip(rows.nodes, rows.pooled(chosen).tolist(), strict=True):
-        key = lines[node.site], str(node.position)
-        cells[key] = cells.get(key, 0.0) + value
-    columns = list(dict.fromkeys(str(node.position) for node in rows.nodes))
-    names = {"activation": "whole activations", "head": "sum over heads", "feature": "sum over features"}
-    values = [[cells.get((line, column)) for column in columns] for line in dict.fromkeys(lines.values())]
-    return grid(values, list(dict.fromkeys(lines.values())), columns, title=f"{names[kind]}: {rows.titled(chosen)}")
 
 
 def _stability(effects: Effects) -> Section | None:

@@ -135,7 +135,7 @@ class Codec(ABC):
         """Return the SHA-256 of everything that determines what the codec computes."""
 
     def off(self) -> Code:
-        """Return a code with all features off, in the state of a fixed random activation."""
+        """Return the code that directions are measured from: all features off, in the state of a fixed random activation."""
         code = self.encode(torch.randn(1, 1, self.d_in, generator=torch.Generator().manual_seed(3)))
         return Code(torch.zeros_like(code.features), code.state)
 
@@ -145,6 +145,15 @@ LENGTH = 8
 
 CHANGED = 2**14
 """Maximum number of features that are changed together."""
+
+PROBED = 2**23
+"""Maximum number of feature values that are decoded together."""
+
+SUMMED = 256
+"""Number of features whose rows of the weights are checked together."""
+
+ROUNDING = 64
+"""Tolerated difference between the decoded change and the sum of the rows, in units of rounding."""
 
 
 @dataclass(frozen=True)
@@ -211,17 +220,12 @@ def _parts(code: Code) -> list[torch.Tensor]:
     return [code.features, *code.state.values()]
 
 
-def reference(codec: Codec) -> Code:
-    """Return the code that directions are measured from, with all features off; the gain is 1 in its state."""
-    return codec.off()
-
-
 def gain(codec: Codec, state: State) -> torch.Tensor:
-    """Return how much a unit of any feature adds at each position, `[batch, pos, 1]`, relative to the reference.
+    """Return how much a unit of any feature adds at each position, `[batch, pos, 1]`, relative to `codec.off()`.
 
     It is measured with a fixed change of the features in each position's own state, and is meaningful if the codec is linear.
     """
-    there = reference(codec)
+    there = codec.off()
     if not state:
         return torch.ones_like(there.features[..., :1])
     batch, positions = next(iter(state.values())).shape[:2]
@@ -231,11 +235,55 @@ def gain(codec: Codec, state: State) -> torch.Tensor:
     return (added * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True)
 
 
+@torch.no_grad()
+def directions(codec: Codec, features: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_out"]:
+    """Compute what one unit of each feature adds to the activation, according to `decode` rather than `W_dec`.
+
+    Rows of the weights are used if `decode` maps random sums of features to the same sums of rows, up to a common factor;
+    otherwise each feature is decoded by itself. Valid only if the behaviour is `linear`: a feature then adds this direction in
+    every state, times the gain of the state.
+    """
+    single, back = features.unique(return_inverse=True)
+    found = _checked_rows(codec, single)
+    if found is None:
+        found = torch.cat([probed(codec, some) for some in single.split(max(1, PROBED // codec.d_sae))])
+    return found[back.to(found.device)]
+
+
+def _checked_rows(codec: Codec, features: torch.Tensor) -> torch.Tensor | None:
+    """Return the rows of features without duplicates, times their common factor; None if `decode` adds something else."""
+    rows, off = codec.rows(features), codec.off()
+    if rows is None or not len(features):
+        return None
+    checked = []
+    for some, of_some in zip(features.split(SUMMED), rows.split(SUMMED), strict=True):
+        signs = torch.randint(0, 2, (len(some),), generator=torch.Generator().manual_seed(0)).to(rows) * 2 - 1
+        units = off.features.clone()
+        units[0, 0, some.to(units.device)] = signs.to(units)
+        decoded = codec.decode(units, off.state)
+        added = (decoded - codec.decode(off.features, off.state))[0, 0]
+        expected = signs @ of_some
+        factor = (added @ expected) / (expected @ expected)
+        if not (added - factor * expected).abs().max() <= product_rounding(rows.dtype, ROUNDING) * decoded.abs().max():
+            return None
+        checked.append(of_some * factor)
+    return torch.cat(checked)
+
+
+def probed(codec: Codec, features: torch.Tensor) -> torch.Tensor:
+    """Return what decoding adds for each feature by itself."""
+    off = codec.off()
+    units = off.features.repeat(len(features), 1, 1)
+    units[torch.arange(len(features), device=units.device), 0, features.to(units.device)] = 1
+    state = {name: value.expand(len(features), -1, -1) for name, value in off.state.items()}
+    return codec.decode(units, state)[:, 0] - codec.decode(off.features, off.state)[:, 0]
+
+
 def _linear(codec: Codec, code: Code, scale: torch.Tensor) -> bool:
     """Return whether a change of the features adds the same to the activation, up to the gain, whatever the features are."""
     change = _change(codec, code, seed=1)
     once, twice = (_adds(codec, code, times * change) for times in (1, 2))
-    expected = scale * _adds(codec, reference(codec), change)
+    expected = scale * _adds(codec, codec.off(), change)
     largest = codec.decode(code.features, code.state).abs().max() + twice.abs().max()
     tolerance = product_rounding(once.dtype, 64) * float(largest)
     return bool(torch.cat([once - expected, twice - 2 * expected]).abs().max() <= tolerance)

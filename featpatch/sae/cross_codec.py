@@ -4,13 +4,14 @@ It works on the activations of all hook points side by side, one group of featur
 """
 
 import hashlib
+from math import prod
 from typing import Any
 
 import torch
 
 from featpatch.sae.codec import Behaviour, Code, Codec, State
 from featpatch.sae.cross import Cross, Group
-from featpatch.sae.matrices import Matrix, values_of
+from featpatch.sae.matrices import values_of
 from featpatch.sae.weights import ACTIVATIONS
 
 READ = 2**24
@@ -144,14 +145,10 @@ class CrossCodec(Codec):
         for group in cross.parts:
             held += [group.b_enc, group.threshold, group.scale]
             for matrix in (group.W_enc, group.W_dec):
-                count = max(1, min(self._size, HASHED * self._size // max(1, _numel(matrix))))
+                count = max(1, min(self._size, HASHED * self._size // max(1, prod(matrix.shape))))
                 held.append(values_of(matrix, torch.arange(count) * (self._size - 1) // max(count - 1, 1)))
         for tensor in held:
             if tensor is not None:
                 total.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
                 total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
-
-
-def _numel(matrix: Matrix) -> int:
-    return int(torch.Size(matrix.shape).numel())

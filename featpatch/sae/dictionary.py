@@ -22,23 +22,13 @@ from jaxtyping import Float, Int
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_choices
 from featpatch.model.facts import check_finite
-from featpatch.model.layer import product_rounding
 from featpatch.model.lens import Lens
 from featpatch.nodes import Combine, Node, Position
 from featpatch.sae.adapted import Adapted, AdaptedCodec
-from featpatch.sae.codec import Behaviour, Code, Codec, Split, State, gain, reference
+from featpatch.sae.codec import PROBED, Behaviour, Code, Codec, Split, State, directions, gain
 from featpatch.sae.cross_codec import CrossCodec
 from featpatch.sae.formats import library_of
 from featpatch.sae.sae_lens import SaeCodec, Training, hook_of
-
-PROBED = 2**23
-"""Maximum number of feature values that are decoded together."""
-
-SUMMED = 256
-"""Number of features whose rows of the weights are checked together."""
-
-ROUNDING = 64
-"""Tolerated difference between the decoded change and the sum of the rows, in units of rounding."""
 
 
 @dataclass(frozen=True)
@@ -223,45 +213,9 @@ class Dictionary:
             changed = decoded[0].to(base.error) - decoded[1].to(base.error)
         return changed if error is False else changed + (source.error - base.error) * rest
 
-    @torch.no_grad()
     def directions(self, features: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_out"]:
-        """Compute what one unit of each feature adds to the activation, according to `decode` rather than `W_dec`.
-
-        Rows of the weights are used if `decode` maps random sums of features to the same sums of rows, up to a common factor;
-        otherwise each feature is decoded by itself. Valid only if the behaviour is `linear`: a feature then adds this direction
-        in every state, times the gain of the state.
-        """
-        features, back = features.unique(return_inverse=True)
-        directions = self._directions(features)
-        return directions[back.to(directions.device)]
-
-    def _directions(self, features: torch.Tensor) -> torch.Tensor:
-        """Compute the directions of features without duplicates."""
-        off = reference(self.codec)
-        rows = self.codec.rows(features)
-        if rows is not None and len(features):
-            checked = [self._checked(*chunk, off) for chunk in zip(features.split(SUMMED), rows.split(SUMMED), strict=True)]
-            if all(chunk is not None for chunk in checked):
-                return torch.cat([chunk for chunk in checked if chunk is not None])
-        together = max(1, PROBED // self.d_sae)
-        return torch.cat([self._probe(chunk, off) for chunk in features.split(together)])
-
-    def _checked(self, features: torch.Tensor, rows: torch.Tensor, off: Code) -> torch.Tensor | None:
-        """Return the rows times their common factor, or None if `decode` adds something else."""
-        signs = torch.randint(0, 2, (len(features),), generator=torch.Generator().manual_seed(0)).to(rows) * 2 - 1
-        units = off.features.clone()
-        units[0, 0, features.to(units.device)] = signs.to(units)
-        added = (self.codec.decode(units, off.state) - self.codec.decode(off.features, off.state))[0, 0]
-        expected = signs @ rows
-        factor = (added @ expected) / (expected @ expected)
-        tolerance = product_rounding(rows.dtype, ROUNDING) * self.codec.decode(units, off.state).abs().max()
-        return rows * factor if (added - factor * expected).abs().max() <= tolerance else None
-
-    def _probe(self, features: torch.Tensor, off: Code) -> torch.Tensor:
-        units = off.features.repeat(len(features), 1, 1)
-        units[torch.arange(len(features), device=units.device), 0, features.to(units.device)] = 1
-        state = {name: value.expand(len(features), -1, -1) for name, value in off.state.items()}
-        return self.codec.decode(units, state)[:, 0] - self.codec.decode(off.features, off.state)[:, 0]
+        """Compute what one unit of each feature adds to the activation, see `codec.directions`."""
+        return directions(self.codec, features)
 
     @torch.no_grad()
     def gains(self, split: Split) -> Float[torch.Tensor, " pos"]:

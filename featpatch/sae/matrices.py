@@ -46,8 +46,7 @@ class Stored:
         except Exception as error:
             raise _unreadable(self.path, error) from error
         check_finite(f"the file {str(self.path)!r}", {self.key: values})
-        converted: torch.Tensor = values.to(dtype=self.dtype, device=self.device)
-        return converted
+        return values.to(dtype=self.dtype, device=self.device)
 
     def to(self, *, dtype: torch.dtype, device: str) -> "Stored":
         """Return the same matrix, converted when it is read."""

@@ -84,13 +84,9 @@ def with_owner(lens: Lens, node: Node, found: Sequence[Dictionary]) -> tuple[Nod
 
 def _owners(lens: Lens, node: Node, found: Sequence[Dictionary]) -> list[Dictionary]:
     """Return the dictionaries that a node can belong to, see `with_owner`."""
-    named = [d for d in found if node.sae in ("", d.name)] or [d for d in found if node.sae == _own_name(d)]
+    named = [d for d in found if node.sae in ("", d.name)]
+    named = named or [d for d in found if node.sae == name_of(d.source, *kind_of(d.source)[1:])]
     return [d for d in named if _belonging(lens, node, d).site in (*d.outputs, together(d))]
-
-
-def _own_name(dictionary: Dictionary) -> str:
-    """Return the name that the object of a dictionary gives itself."""
-    return name_of(dictionary.source, *kind_of(dictionary.source)[1:])
 
 
 def _belonging(lens: Lens, node: Node, dictionary: Dictionary) -> Node:

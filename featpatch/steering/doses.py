@@ -27,7 +27,8 @@ from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Combine, Node, Patch
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.ablation import Ablation, Everywhere, Values
+from featpatch.patching.ablation import Ablation
+from featpatch.patching.ablation_values import Everywhere, Values
 from featpatch.patching.joint import node_study
 from featpatch.patching.study import Options
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
@@ -114,7 +115,8 @@ class DoseResponse:
 
         check_kinds(str, title=title)
         names, table = list(self.measured), self.table()
-        figure = make_subplots(cols=len(names), subplot_titles=[in_figure(self._said(name)) for name in names])
+        titles = [f"change of {self.metadata['metric']}" if name == "effect" else name for name in names]
+        figure = make_subplots(cols=len(names), subplot_titles=[in_figure(title) for title in titles])
         for column, name in enumerate(names, 1):
             for number, (node, rows) in enumerate(table.groupby("node", sort=False)):
                 ends = {"array": rows[f"{name}_high"] - rows[name], "arrayminus": rows[name] - rows[f"{name}_low"]}
@@ -124,9 +126,6 @@ class DoseResponse:
         unit = "" if self.metadata["unit"] == "raw" else f", in units of the {self.metadata['unit']} activation"
         figure.update_xaxes(title_text=f"dose ({self.metadata['how']}{unit})")
         return figure.update_layout(title=in_figure(title))
-
-    def _said(self, name: str) -> str:
-        return f"change of {self.metadata['metric']}" if name == "effect" else name
 
     def __repr__(self) -> str:
         said = ", ".join(f"{name} {values.mean():.3g}" for name, values in self.unsteered.items())

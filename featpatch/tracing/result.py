@@ -88,8 +88,7 @@ class AttributionGraph:
         It is rounding error, in a pruned graph too.
         """
         at = self.targets
-        found: Numbers = self.values[at] - (self.adjacency[at].sum(1) + self.biases[at] + self.others[at])
-        return found
+        return self.values[at] - (self.adjacency[at].sum(1) + self.biases[at] + self.others[at])
 
     def number(self, node: Node) -> int:
         """Return the number of a node.

@@ -260,11 +260,12 @@ def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = 
         alone = reads_one_prompt(metric, name)
         return Measure(name, partial(called, metric, name, alone), "vocabulary", of_answers=not alone)
     every = MEASURES | SEQUENCES
-    if not isinstance(metric, str) or metric not in every or metric in refused:
-        what = f"not supported {use}" if metric in every else "unknown"
+    measure = every.get(metric) if isinstance(metric, str) else None
+    if measure is None or measure.name in refused:
+        what = "unknown" if measure is None else f"not supported {use}"
         accepted = ", ".join(name for name in every if name not in refused)
         raise FeatpatchError(f"metric {metric!r} is {what}: expected one of {accepted}, or a function {FORMS}")
-    return every[metric]
+    return measure
 
 
 def leading(metric: Metrics) -> str | Metric:

@@ -50,6 +50,7 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     "report curve": lambda small, pairs, effects, x: fp.report(effects, "r.html", model=small.model, pairs=pairs, curve=x or 1),
     "report circuit": lambda small, pairs, effects, x: fp.report(effects, "r", model=small.model, pairs=pairs, circuit=x or 1),
     "calibrate": lambda small, pairs, effects, x: fp.calibrate(x, effects),
+    "Gradients metric": lambda small, pairs, effects, x: fp.Gradients(small.model, pairs, metric=[x]),
     "compare": lambda small, pairs, effects, x: fp.compare(x, effects),
     "compare components": lambda small, pairs, effects, x: fp.compare(effects, x),
     "verify": lambda small, pairs, effects, x: fp.verify(x, small.model, pairs=pairs),

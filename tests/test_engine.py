@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from small import Small, standard
+from test_cross import simple_clt
 from torch.utils.flop_counter import FlopCounterMode
 
 import featpatch as fp
@@ -128,6 +129,17 @@ def test_deltas_are_joined() -> None:
     assert (joined.patches, joined.patch.tolist(), joined.position.tolist()) == (6, [0, 2, 3, 5], [4, 1, 2, 3])
     assert joined.values().tolist() == [[0, 1], [2, 0], [0, 1], [5, 6]]
     assert len(joined.directions) == 3
+
+
+def test_the_directions_of_features_are_in_memory_once(bridge: Small) -> None:
+    """Of two SAEs at one hook point and a CLT, whose features write to several: pairs that run together share the directions."""
+    saes = [bridge.at("blocks.1.hook_mlp_out"), standard("blocks.1.hook_mlp_out", 7), simple_clt()]
+    study, _ = feature_study(bridge.model, saes, pairs_of(bridge), Options("each"))
+    swaps = [swap for of_pair in study.parts[0].swaps(study.runner.run((0, 1, 2))) for swap in of_pair]
+    of_features = [swap for swap in swaps if any(node.kind == "feature" for node in swap.nodes)]
+    tables = [deltas.directions for swap in of_features for ways in swap.deltas.values() for deltas in ways.values()]
+    assert len(tables) > len(saes)
+    assert len({table.untyped_storage().data_ptr() for table in tables}) == len(saes)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class FeaturePart(Part):
         return super().patched + [(dictionary.outputs, self._meaning(dictionary)) for dictionary in several]
 
     def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
-        """Return the swaps of each pair: features, all features and error by dictionary, then the whole activations."""
+        """Return the swaps of each pair: features by dictionary, then all features, error and activation by hook point."""
         found = {d.name: with_directions([self._differences(run)[d.name] for run in runs]) for d in self.dictionaries}
         each = [self._of_pair(run, {name: of_pairs[n] for name, of_pairs in found.items()}) for n, run in enumerate(runs)]
         return each if self.only is None else [[swap.keep(self.only) for swap in of_pair] for of_pair in each]

@@ -1,4 +1,4 @@
-"""What the engine is given: base runs, and patches as sparse changes of activations; and the rows that these change.
+"""What the engine is given, base runs and patches as sparse changes of their activations, and the rows that it computes.
 
 A patch at several hook points has one of two meanings, because a change at one of them also changes what arrives at those
 downstream of it:
@@ -6,9 +6,10 @@ downstream of it:
     "add"    x' = x_arriving + delta
     "set"    x' = x_base     + delta      at the positions that the patch names, so that what arrives there is replaced
 
-In the fast forward pass, the rows of all units of a batch lie in one matrix, unit by unit, patch by patch, position by position
-from the first changed one to the answer. In the last layer, after the keys and values, only the answer row of each patch is
-left.
+Patches of one base run at the same hook points form a `Block`. A unit is a block whose patches all have the same first changed
+position. In the fast forward pass, the rows of all units of a batch lie in one `Matrix`, unit by unit, patch by patch, position
+by position from the first changed one to the answer. In the last layer, after the keys and values, only the answer row of each
+patch is left.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -49,9 +50,6 @@ class Deltas:
 
     def __len__(self) -> int:
         return self.patches
-
-    def __neg__(self) -> "Deltas":
-        return replace(self, coefficient=-self.coefficient)
 
     @classmethod
     def explicit(cls, patch: torch.Tensor, position: torch.Tensor, values: torch.Tensor, patches: int) -> "Deltas":
@@ -165,7 +163,7 @@ class Block:
         deltas: by hook point, one change per patch, as wide as the flat activation; the changes of a patch at one position
             of a hook point are a single row.
         patches: the numbers of the patches in this block among those of `deltas`, in ascending order.
-        combine: what a patch at several hook points means, see above.
+        combine: what a patch at several hook points means, see the top of this file.
     """
 
     name: str
@@ -225,7 +223,7 @@ class Matrix:
     Row numbers are on the CPU.
 
     Attributes:
-        units: the blocks of the batch, each with patches that change nothing before the same position.
+        units: the units of the batch: blocks whose patches all have the same first changed position.
         traces: the traces of their base runs.
     """
 
@@ -375,7 +373,7 @@ def alike(keys: Iterable[Key]) -> dict[Key, list[int]]:
 
 
 def entry(site: str) -> Entry:
-    """Return the place at which changes of a hook point enter, which the fast pass knows."""
+    """Return the place at which changes of a hook point enter the fast pass, which must know the hook point."""
     place = sites.entry(site)
     assert place is not None
     return place

@@ -1,19 +1,20 @@
 """Featpatch's own forward pass over what a patch can change: later layers, later positions, and only the answer at the end.
 
 A patch at position p of layer l leaves the layers below l and the positions before p as they are in the base run
-(the model is causal). So a unit of N patches has N * (a - p + 1) rows, a being the answer position, and
+(the model is causal). So a unit, N patches of one base run with the same p, has N * (a - p + 1) rows, where a is the answer
+position, and
 
     the first layer with attention   computes queries, keys and values of the patched rows alone
     the layers between               compute all rows
     the last layer                   computes keys and values of all rows, and everything else of the answer row alone
 
-Rows of all units lie in one matrix `[rows, d_model]`; only attention works unit by unit.
+Rows of all units lie in one matrix `[rows, d_model]`. Only attention is computed for groups of units with the same p and a.
 
 Patched runs share the keys and values of one base run up to the first patched position:
 
     scores = [q . k_base(0..p-1) | q . k_own(p..a)] * scale,  soft-capped, masked;   z = softmax(scores) [v_base | v_own]
 
-The base run's part is one matrix product per head for all patches; none of it is copied.
+The base run's part is one matrix product per head for all its patches in a group; none of it is copied.
 
 A patch at several hook points enters at the lowest of them; the pass makes the other changes on its way up.
 """

@@ -1,8 +1,8 @@
 """The exact sweep: add deltas at hook points, run what they can change, and measure. It does not depend on SAEs.
 
-The patches of a block that change nothing before the same position form a unit, a smaller block, and units fill a budget of
-rows: enough to keep the processor busy, few enough for the available memory. When memory runs out, the sweep halves the batch
-and continues. When it is interrupted, everything that is finished has been filled in.
+The patches of a block with the same first changed position form a unit, a smaller block. Units are packed into batches of so
+many rows that the processor is busy and the available memory suffices. When memory runs out, the sweep halves the batch and
+continues. When it is interrupted, the values of all finished batches have been filled in.
 """
 
 import sys
@@ -36,9 +36,18 @@ SHARE = 0.25
 NO_MEMORY = "can't allocate memory", "could not create a primitive", "CUBLAS_STATUS_ALLOC_FAILED"
 """What the errors of PyTorch's allocator, oneDNN and cuBLAS say when memory runs out."""
 LONG = 60.0
-"""The number of remaining seconds from which a sweep is announced."""
+"""The number of remaining seconds above which a sweep says how much time is left."""
 READ = 0.01
 """The number of seconds below which a batch was probably read from a journal and not run."""
+
+
+def row_numbers(width: int, heads: int, d_head: int, hidden: int, length: int, columns: int) -> int:
+    """Return how many numbers one row takes at the peak of memory use.
+
+    They are copies of the residual stream, the heads, the MLP, the scores over `length` tokens, and `columns` logits of one
+    row.
+    """
+    return 4 * width + 8 * heads * d_head + 3 * hidden + 3 * heads * length + 4 * columns
 
 
 def row_bytes(lens: Lens, length: int, columns: int) -> int:
@@ -88,7 +97,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def units_of(blocks: Sequence[Block], *, causal: bool) -> list[Block]:
-    """Return every patch that can have an effect, in units by block and first changed position.
+    """Return every patch that can have an effect, in one unit for each block and first changed position.
 
     A patch that changes nothing is left out, and in a causal model also one that changes only positions after the answer: they
     have exactly no effect.
@@ -285,15 +294,6 @@ def _halves(batch: list[Block]) -> tuple[list[Block], list[Block]]:
         if cut < len(unit):
             right.append(unit.part(slice(cut, None)))
     return left, right
-
-
-def row_numbers(width: int, heads: int, d_head: int, hidden: int, length: int, columns: int) -> int:
-    """Return how many numbers one row takes at the peak of memory use.
-
-    They are copies of the residual stream, the heads, the MLP, the scores over `length` tokens, and `columns` logits of one
-    row.
-    """
-    return 4 * width + 8 * heads * d_head + 3 * hidden + 3 * heads * length + 4 * columns
 
 
 def announcing(bar: "tqdm[Any]") -> Callable[[int], None]:

@@ -210,7 +210,7 @@ def test_points_of_features_of_heads(name: str) -> None:
     """Moving all heads of a layer, or all mediators at its hook_z, equals moving hook_z, also before a norm."""
     small, site = small_of(name), "blocks.1.attn.hook_z"
     sae, lens = standard(site, 10, reshape_activations="hook_z"), wrap(small.model)
-    mediators = mediators_of(lens, [fp.Node(site, "feature", 4, "all", site)], dictionaries(lens, sae))
+    mediators = mediators_of([fp.Node(site, "feature", 4, "all", site)], dictionaries(lens, sae))
     graph = EdgeGraph(lens, pairs_of(small), "corrupted", Measures.of("logit_diff"), mediators=mediators)
     points = [point for point in points_of("eap_ig_activations", 2, graph.components) if point.place[0].site == site]
     _, found = graph.slopes([0, 1, 2], points, torch.ones(len(points), 3), lambda runs: None)

@@ -40,7 +40,7 @@ def nodes_of(names: list[str]) -> list[fp.Node]:
 def graph_of(small: Small, saes: list[Any], nodes: list[fp.Node], to: str = "corrupted") -> EdgeGraph:
     lens = wrap(small.model)
     graph = EdgeGraph(
-        lens, pairs_of(small), to, Measures.of("logit_diff"), mediators=mediators_of(lens, nodes, dictionaries(lens, saes))
+        lens, pairs_of(small), to, Measures.of("logit_diff"), mediators=mediators_of(nodes, dictionaries(lens, saes))
     )
     graph.check()
     return graph
@@ -95,7 +95,7 @@ def test_mediators_with_whole_answers(last: int) -> None:
     small, site = small_hooked(), "blocks.1.hook_resid_mid"
     lens, sae = wrap(small.model), small.at(site)
     nodes = [fp.Node(site, "feature", 3, last, site), fp.Node(site, "error", None, last, site)]
-    mediators = mediators_of(lens, nodes, dictionaries(lens, [sae]))
+    mediators = mediators_of(nodes, dictionaries(lens, [sae]))
     graph = EdgeGraph(lens, long_pairs(small), "corrupted", Measures.of("sequence_log_prob"), mediators=mediators)
     graph.check()
     generator = np.random.default_rng(0)

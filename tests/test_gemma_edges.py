@@ -95,7 +95,7 @@ def test_a_feature_of_heads_is_a_mediator(name: str, to: str) -> None:
     """Edges into and out of a feature of hook_z, by hooks: it is written through W_O, in front of the norm after attention."""
     small = BY_HOOKS[name]()
     model, sae, lens = small.model, standard(Z, 10, reshape_activations="hook_z"), wrap(small.model)
-    mediators = mediators_of(lens, [FEATURE], dictionaries(lens, sae))
+    mediators = mediators_of([FEATURE], dictionaries(lens, sae))
     graph = EdgeGraph(lens, pairs_of(small), to, Measures.of("logit_diff"), mediators=mediators)
     graph.check()
     head = fp.Node(Z, "head", 2)

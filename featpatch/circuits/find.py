@@ -30,7 +30,7 @@ from featpatch.circuits.search import (
     exact_scores,
     greedily,
     run,
-)  # fmt: skip
+)
 from featpatch.effects.collector import provenance
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_choices
@@ -322,7 +322,7 @@ def _graph(
             "members, or pass over='nodes'"
         )
     else:
-        mediators, regions = mediators_of(lens, candidates, found), Regions.of(positions, pairs)
+        mediators, regions = mediators_of(candidates, found), Regions.of(positions, pairs)
         graph = EdgeGraph(lens, pairs, to, measures, mediators=mediators, regions=regions, reference=reference, seed=seed)
     graph.check()
     graph.check_gap()

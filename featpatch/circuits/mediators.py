@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.model.lens import Lens
 from featpatch.nodes import Node, Position
 from featpatch.sae.codec import gain
 from featpatch.sae.dictionary import Dictionary
@@ -163,7 +162,7 @@ class Mediators:
         return found
 
 
-def mediators_of(lens: Lens, nodes: Sequence[Node], found: Sequence[Dictionary]) -> dict[Place, Mediators]:
+def mediators_of(nodes: Sequence[Node], found: Sequence[Dictionary]) -> dict[Place, Mediators]:
     """Return the mediators for some features and error terms, by place.
 
     Raises:

@@ -213,7 +213,7 @@ def dose_response(
     found = dictionaries_if_any(lens, saes)
     owned = [with_owner(lens, node, found) for node in check_nodes(lens, nodes, found, "nodes")]
     for node, owner in owned:
-        check_node(lens, node, owner, how)
+        check_node(node, owner, how)
     if tokens:
         lens.check_room(max(len(pair.clean) for pair in pairs), tokens)
     chosen = tuple(dict.fromkeys(replace(node, position="all") for node, _ in owned))

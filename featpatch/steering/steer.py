@@ -190,7 +190,7 @@ def _groups(
     groups: dict[tuple[str, str, int], tuple[Dictionary | None, list[int], list[torch.Tensor]]] = {}
     for node, owner in owners:
         site = "" if owner is not None else lens.site(node.site)
-        check_node(lens, node, owner, how)
+        check_node(node, owner, how)
         numbers = [owner.number(node)] if owner is not None else list(_coordinates(lens, node))
         name, group = ("", 0) if owner is None else (owner.name, numbers[0] // owner.per_group)
         _, all_numbers, all_amounts = groups.setdefault((site, name, group), (owner, [], []))
@@ -204,7 +204,7 @@ def _groups(
     ]
 
 
-def check_node(lens: Lens, node: Node, owner: Dictionary | None, how: How) -> None:
+def check_node(node: Node, owner: Dictionary | None, how: How) -> None:
     """Raise a FeatpatchError unless a node is of a kind that can be steered, and its values can be changed like this."""
     if owner is not None and node.kind == "feature":
         return

@@ -75,11 +75,6 @@ class Kinds:
         """The number of tokens and logits, which are always kept."""
         return self.tokens + self.logits
 
-    @property
-    def before_logits(self) -> int:
-        """The number of features, errors and tokens."""
-        return self.features + self.errors + self.tokens
-
 
 def scores(matrix: Matrix, weights: Vector, kinds: Kinds) -> tuple[float, float]:
     """Return the replacement score and the completeness score.

@@ -68,7 +68,7 @@ class Study:
         path: the kind of forward pass that runs patches, chosen and checked.
         rows: the number of rows in one forward pass.
         memory: the estimated peak memory of such a pass, in bytes.
-        runner: what runs the pairs.
+        runner: runs the pairs, and keeps their runs.
         arguments: the other arguments of `of`, with which workers make the same study.
     """
 
@@ -173,18 +173,17 @@ class Study:
 
     def _swept(self, survey: Survey, journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
         elsewhere = None if executor is None else executor_of(executor)
-        metadata = dict(self.metadata)
         clean, corrupted, patches = survey
         book = None if elsewhere is None else Book(self.rows)
         if journal is not None:
-            subject = {key: value for key, value in metadata.items() if key not in NOT_COMPARED}
+            subject = {key: value for key, value in self.metadata.items() if key not in NOT_COMPARED}
             book = Journal.open(as_path(journal), subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
         with closing(book) if isinstance(book, Journal) else nullcontext():
             if elsewhere is not None and book is not None:
                 book = self._run_elsewhere(elsewhere, book, patches, progress=progress)
-            return self._collected(survey, metadata, book, progress=progress)
+            return self._collected(survey, book, progress=progress)
 
-    def _collected(self, survey: Survey, metadata: dict[str, Any], book: Book | None, *, progress: bool) -> Effects:
+    def _collected(self, survey: Survey, book: Book | None, *, progress: bool) -> Effects:
         """Run the batches that the book lacks and collect the values of all; after Ctrl-C, of those that are finished."""
         clean, corrupted, patches = survey
         collector = Collector(self.measures.names)
@@ -200,13 +199,12 @@ class Study:
                         self._patch(sweep, begun, part, collector)
                     finished += begun
         except KeyboardInterrupt:
-            metadata["finished"] = False
-            gathered = collector.effects(clean, corrupted, metadata)
+            gathered = collector.effects(clean, corrupted, {**self.metadata, "finished": False})
             gathered = gathered.of_pairs(finished) if finished else gathered.of_pairs(begun).known()
             if not len(gathered):
                 raise
             return gathered
-        return collector.effects(clean, corrupted, metadata)
+        return collector.effects(clean, corrupted, self.metadata)
 
     def complete(self, *, progress: bool) -> Effects:
         """Run the sweep over all pairs for a caller that needs all of them; Ctrl-C raises KeyboardInterrupt."""
@@ -319,7 +317,7 @@ class Study:
 
 
 def _in_worker(arguments: bytes) -> Shards:
-    """Make the study again in another process, which needs each pair only once and keeps no runs, and return its shards.
+    """Make the study again in a worker's process, which keeps no runs because it needs each pair only once; return its shards.
 
     Args:
         arguments: those of `Study.of`, pickled.

@@ -19,14 +19,17 @@ What happens between `fp.rank_features` and a number, in the order of the formul
    `Dictionary.change`, which is the formula above, with two shortcuts: each feature of a linear dictionary adds f_s - f_b times
    its decoder direction (times the gain of the base run's state, if the dictionary has one), and a whole activation x_s - x_b.
 5. A `Swap` applied to a `BaseRun` is a `Block` (engine/patches.py). The engine's `Sweep` (engine/sweep.py) packs the patches of
-   many blocks into forward passes, and reads the metric m(x') of each patch. The passes resume at the patched layer and
-   position (engine/suffix.py), with the model as a `Stack` of row-wise layers (model/layer.py), and make the changes at higher
-   hook points on their way up; for models that this does not support, they are the model's own from that layer on
-   (engine/path.py).
-6. A `Collector` (effects/collector.py) gathers the values in an `Effects` table (effects/table.py), which derives recovery,
-   degradation, intervals and quadrants.
+   many blocks into forward passes along a `PatchPath` (engine/path.py), and reads the metric m(x') of each patch. On the
+   `SuffixPath` (engine/suffix.py), with the model as a `Stack` of row-wise layers (model/layer.py), a pass computes only the
+   rows of a `Matrix` (engine/patches.py): it resumes at the patched layer and position, takes everything before them from the
+   `Trace` of the base run, and makes the changes at higher hook points on its way up. For models that this does not support,
+   the `PlainPath` is the model's own pass from that layer on.
+6. A `Collector` (effects/collector.py) gathers the values in an `Effects` table (effects/table.py), which stores them
+   (effects/values.py) and derives recovery, degradation and intervals (effects/measured.py) and quadrants.
 
-Other nodes to patch (heads, paths, sets, random controls) are another `Part` of such a study. Other values to patch in
-(ablation) are chosen by a `Contrast` (runs.py); embeddings with `Noise` (noise.py) are another corrupted run.
-Metrics of answers of several tokens have several readings (runs.py).
+Other nodes to patch are another `Part` of such a study: components (components.py), paths (paths.py), sets of features
+(sets.py), random controls (controls.py), and named nodes, alone or together (joint.py, patches.py). Other values to patch in
+are chosen by a `Contrast` (runs.py), such as an `Ablation` (ablation.py) with ablation values (ablation_values.py). Embeddings
+with `Noise` (noise.py) are another corrupted run. Metrics of answers of several tokens have several readings (runs.py). `do`
+(do.py) works without a study: it makes the changes of `Chosen` nodes (chosen.py) in every call of the model.
 """

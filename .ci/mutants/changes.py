@@ -17,7 +17,7 @@ from cosmic_ray.plugins import get_operator, operator_names
 
 CORE = [
     *("engine/*", "patching/*", "sae/*", "circuits/*", "attribution/*", "pairs/*", "model/layer", "nodes"),
-    *("effects/measured", "effects/selection", "effects/statistics", "effects/table", "effects/frames"),
+    *("effects/values", "effects/measured", "effects/selection", "effects/statistics", "effects/table", "effects/frames"),
     *("effects/collector", "effects/storage", "effects/audit"),
 ]
 ARITHMETIC, BITS = {"Add", "Sub", "Mul", "Div", "FloorDiv", "Mod", "Pow"}, {"BitOr", "BitAnd", "BitXor"}

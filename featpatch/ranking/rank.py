@@ -364,7 +364,7 @@ def _warn_of_the_unchanged(part: EdgePart) -> None:
     """Warn that no path has an effect, because no sender differs between the runs of any pair."""
     senders = listed(list(map(str, part.senders.nodes)), 3)
     warnings.warn(
-        f"the table has no rows, because {senders} is the same in both runs of every pair: expected a sender that differs; "
+        f"the table has no rows, because both runs of every pair are the same at {senders}: expected a sender that differs; "
         "choose another position or other senders",
         FeatpatchWarning,
         stacklevel=3,

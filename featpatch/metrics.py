@@ -79,7 +79,7 @@ class Measure:
         metric: the function.
         needs: the logits that it reads; other logits are not computed.
         of_answers: whether it reads the answers of a pair.
-        by_token: whether it reads answers of several tokens; `metric` is then that of one of their tokens.
+        by_token: whether it reads answers of several tokens; `metric` is then applied to one token at a time.
     """
 
     name: str
@@ -154,7 +154,7 @@ Metrics = str | Metric | Sequence[str | Metric]
 
 @dataclass(frozen=True)
 class Measures:
-    """Several metrics of the same logits, one column each."""
+    """One or several metrics of the same logits, one column each."""
 
     parts: tuple[Measure, ...]
 
@@ -198,7 +198,7 @@ class Measures:
 
     @property
     def by_token(self) -> bool:
-        """Whether they read answers of several tokens."""
+        """Whether the metrics read answers of several tokens."""
         return any(part.by_token for part in self.parts)
 
     def columns(self, correct: Sequence[int], wrong: Sequence[int]) -> tuple[int, ...] | None:
@@ -269,7 +269,11 @@ def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = 
 
 
 def leading(metric: Metrics) -> str | Metric:
-    """Return the first of several metrics, whose table is the main one."""
+    """Return the first of several metrics, whose table is the main one.
+
+    Raises:
+        FeatpatchError: `Measures.of` rejects the metrics.
+    """
     Measures.of(metric)
     return _several(metric)[0]
 
@@ -287,6 +291,7 @@ def one_metric(metric: Metrics) -> str | Metric:
 
 
 def _several(metric: Metrics) -> list[str | Metric]:
+    """Return metrics as a list, which is empty for what is neither a name, a function nor a sequence."""
     if isinstance(metric, str) or callable(metric):
         return [metric]
     return list(metric) if isinstance(metric, Sequence) else []

@@ -1,4 +1,4 @@
-"""Ablate features, error terms and components, to measure what is lost without the information that they carry."""
+"""The contrast in which clean runs are patched with ablation values, to measure what is lost without features or components."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -3,10 +3,10 @@
     x' = x_b + dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
 
 A `Contrast` says which run is the base b, which is patched, and which is the source s of the values. With b corrupted and s
-clean this is denoising, the other way round noising. A `Difference` compares the two feature by feature. If a unit of a feature
-always adds the same direction (see `Behaviour.linear`), the deltas of single features are multiples of that direction, times
-the gain of the base run's state if the dictionary has one; otherwise each delta is computed by the definition. The error node
-includes the state of the decoder (see `Dictionary.change`). A `Part` says which nodes are patched.
+clean this is denoising, the other way round noising. A `Difference` compares the two feature by feature. If features have fixed
+directions (see `Behaviour.linear`), the delta of a single feature is a multiple of its direction, times the gain of the base
+run's state if the dictionary has one; otherwise each delta is computed by the definition. The error node includes the state of
+the decoder (see `Dictionary.change`). A `Part` says which nodes are patched.
 """
 
 import hashlib
@@ -45,7 +45,8 @@ class Difference:
         moved: the change that each entry makes alone, `[entries, d_out]`, if features have no fixed direction; otherwise None.
         features, error: the change that all features make, and the change that the error makes; 0 before the first differing
             token.
-        directions: decoder directions, and for each entry its row of these and whether it is not 0, see `with_directions`.
+        directions: decoder directions, and for each entry the number of its direction and whether that direction is not 0;
+            None until `with_directions` computes them, and if features have no fixed direction.
     """
 
     dictionary: Dictionary
@@ -124,7 +125,7 @@ class Difference:
 def with_directions(differences: Sequence[Difference]) -> list[Difference]:
     """Return the differences of some pairs with the decoder directions of their features, computed once for all pairs.
 
-    Features of which a unit does not always add the same direction have none.
+    Differences of features without fixed directions are returned as they are.
     """
     if not differences or differences[0].moved is not None:
         return list(differences)
@@ -179,7 +180,7 @@ class Swap:
         deltas: the deltas of the patches, by hook point and direction; each patch is made at all of these hook points.
         longer: the deltas for each reading, by hook point and direction, if they depend on the tokens that follow the prompt;
             otherwise empty.
-        by_token: whether the deltas are at token positions even if the runs are `Labelled`; otherwise they are at places then.
+        by_token: whether the deltas of `Labelled` runs are at token positions; otherwise they are at places.
         combine: what a patch at several hook points means.
     """
 
@@ -221,7 +222,7 @@ class Swap:
 
 
 def joined(swaps: Sequence[Swap]) -> list[Swap]:
-    """Return the swaps with those joined that are made at the same hook points and mean the same."""
+    """Join the swaps that change the same hook points with the same meaning; none may have `longer` or `by_token`."""
     alike: dict[tuple[str, ...], list[Swap]] = {}
     for swap in swaps:
         alike.setdefault((*swap.deltas, swap.combine), []).append(swap)

@@ -1,4 +1,4 @@
-"""The values that a patch chooses: its nodes at one hook point of one dictionary, as masks over positions and features."""
+"""The values that the nodes of a patch stand for, by hook point and dictionary, as masks over positions and features."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -310,7 +310,7 @@ def readings_of(measures: Measures, pairs: Pairs, lens: Lens) -> dict[int, list[
 
 
 def readings(measures: Measures, pair: Pair) -> list[Pair]:
-    """Return the pair itself, or the pair of each token of each answer that the metrics read.
+    """Return the readings of a pair: the pair itself or, for answers of several tokens, a pair for each token of each answer.
 
     Raises:
         FeatpatchError: a metric reads one token and the pair's answers have several, or the pair lacks answers.
@@ -339,8 +339,8 @@ def combined(
 ) -> Float[torch.Tensor, "patches metrics"]:
     """Return the metrics of a pair from their values at each reading.
 
-    For answers of several tokens, values are summed over tokens; then come the logarithm of the sum of probabilities over
-    answers and, for a difference, that of the wrong answers.
+    For answers of several tokens, the log-probabilities of the tokens of an answer are added up, then the probabilities of the
+    correct answers. For a difference, the same is done for the wrong answers, and the logarithms are subtracted.
     """
     if not measures.by_token:
         return values[0]

@@ -153,7 +153,7 @@ SUMMED = 256
 """Number of features whose rows of the weights are checked together."""
 
 ROUNDING = 64
-"""Tolerated difference between the decoded change and the sum of the rows, in units of rounding."""
+"""Tolerated difference between a decoded change and the sum of what its features add, in units of rounding."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def _linear(codec: Codec, code: Code, scale: torch.Tensor) -> bool:
     once, twice = (_adds(codec, code, times * change) for times in (1, 2))
     expected = scale * _adds(codec, codec.off(), change)
     largest = codec.decode(code.features, code.state).abs().max() + twice.abs().max()
-    tolerance = product_rounding(once.dtype, 64) * float(largest)
+    tolerance = product_rounding(once.dtype, ROUNDING) * float(largest)
     return bool(torch.cat([once - expected, twice - 2 * expected]).abs().max() <= tolerance)
 
 

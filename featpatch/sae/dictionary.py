@@ -214,7 +214,7 @@ class Dictionary:
         return changed if error is False else changed + (source.error - base.error) * rest
 
     def directions(self, features: Int[torch.Tensor, " n"]) -> Float[torch.Tensor, "n d_out"]:
-        """Compute what one unit of each feature adds to the activation, see `codec.directions`."""
+        """Compute what one unit of each feature adds to the activation, see `directions` in sae/codec.py."""
         return directions(self.codec, features)
 
     @torch.no_grad()

@@ -64,20 +64,17 @@ class SetPart(DictionaryPart):
         site, name = self.dictionary.writes, self.dictionary.name
         nodes = tuple(Node(site, "set", number, position, name) for number in range(len(sets)))
         if difference.directions is not None:
-            changes = self._along(difference, *difference.directions[:2], sets, span)
+            changes = self._along(difference, sets, span)
         else:
             changes = self._by_definition(run, sets, span)
         return Swap(nodes, {site: {way: _deltas(change, span) for way, change in changes.items()}})
 
     def _along(
-        self,
-        difference: Difference,
-        directions: Float[torch.Tensor, "n d"],
-        row: Int[torch.Tensor, " entries"],
-        sets: Sequence[Sequence[int]],
-        span: Int[torch.Tensor, " span"],
+        self, difference: Difference, sets: Sequence[Sequence[int]], span: Int[torch.Tensor, " span"]
     ) -> dict[Direction, Float[torch.Tensor, "sets span d"]]:
         """Return the change that each set makes, as a sum of multiples of feature directions."""
+        assert difference.directions is not None
+        directions, row, _ = difference.directions
         entries = difference.at(span.tolist())
         feature, place = difference.feature[entries], torch.searchsorted(span, difference.position[entries])
         rows = directions[row[entries].to(directions.device)]

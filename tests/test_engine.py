@@ -132,7 +132,7 @@ def test_deltas_are_joined() -> None:
 
 
 def test_the_directions_of_features_are_in_memory_once(bridge: Small) -> None:
-    """Of two SAEs at one hook point and a CLT, whose features write to several: pairs that run together share the directions."""
+    """Pairs that run together share them, for two SAEs at one hook point and for a CLT, whose features write to several."""
     saes = [bridge.at("blocks.1.hook_mlp_out"), standard("blocks.1.hook_mlp_out", 7), simple_clt()]
     study, _ = feature_study(bridge.model, saes, pairs_of(bridge), Options("each"))
     swaps = [swap for of_pair in study.parts[0].swaps(study.runner.run((0, 1, 2))) for swap in of_pair]

@@ -124,7 +124,7 @@ def test_the_column(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_report_computes_the_interval_of_each_row_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In each direction, although the conclusion, the chart and the table of all rows need them; with rows that are not ranked."""
+    """Once in each direction, although the conclusion, the chart and the table need it; one of the rows is not ranked."""
     features = made(np.random.default_rng(0).normal(size=(300, 4)), [2.0, 3.0, 2.0, 2.0], pairs="none")
     effects = replace(features, nodes=(*features.nodes[:-1], fp.Node(features.nodes[0].site, "activation")))
     computed, interval = [], statistics.interval

@@ -159,7 +159,7 @@ def test_selection_ends_where_it_should(small: Small) -> None:
 def test_a_long_selection_is_announced_after_its_first_step(
     small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three steps with 5, 4 and 3 sets, of which the first takes 50 seconds."""
+    """There are three steps with 5, 4 and 3 sets, each of which takes 50 seconds."""
     clock, measured = [0.0], sets.Sets.measured
 
     def timed(*asked: Any, **options: Any) -> fp.Effects:

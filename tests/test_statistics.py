@@ -460,7 +460,7 @@ def interval_of_scipy(change: Array, gap: Array) -> Array:
 @pytest.mark.parametrize("pairs", [2, 3, 4, 8, 31])
 @pytest.mark.parametrize("gaps", ["positive", "signed", "of each row", "cancelling"])
 def test_intervals_are_those_of_scipy(pairs: int, gaps: str) -> None:
-    """Of rows that differ in all pairs, in some, in one and in none, in more chunks than one, and of infinite values."""
+    """The rows differ in all pairs, in some, in one or in none, some values are infinite, and there is more than one chunk."""
     rng = np.random.default_rng(pairs)
     rows = statistics.CHUNK + 40
     change = rng.normal(size=(rows, pairs)) * (rng.random((rows, pairs)) < rng.choice([0.0, 0.2, 1.0], (rows, 1)))
@@ -478,7 +478,7 @@ def test_intervals_are_those_of_scipy(pairs: int, gaps: str) -> None:
 
 
 def test_taken_rows_have_the_statistics_of_the_whole_table() -> None:
-    """Also after rows are taken twice; their places in the table are those that a search for each node finds."""
+    """This holds after rows are taken twice too, and their places in the table are those that a search for each node finds."""
     table = made(np.random.default_rng(0).normal(size=(30, 6)), np.ones(6))
     taken = table.take(np.arange(29, 0, -1)).take([3, 20, 0])
     expected = [table.nodes.index(node) for node in taken.nodes]

@@ -172,9 +172,9 @@ def logit_attribution(
 ) -> LogitAttribution:
     """Attribute an answer's logit, or a difference of logits, to what each component and SAE feature writes directly.
 
-    The contributions of the embedding, learned positions, every head, every MLP and the biases sum to the logit, with the scale
-    of the final norm frozen. Only the answer position is attributed, because only its residual stream is unembedded. A
-    component that acts through later components contributes nothing by that.
+    With the scale of the final norm frozen at its value on the prompt, the contributions of the embedding, learned positions,
+    every head, every MLP and the biases sum to the logit. Only the answer position is attributed, because only its residual
+    stream is unembedded. What a component does through later components does not count as its contribution.
 
     The features, error term and decoder bias of an SAE are listed next to the components that write to its hook point, and sum
     to the same (see `LogitAttribution.residual`). SAEs of one layer or several can therefore be given together.
@@ -240,7 +240,7 @@ def logit_attribution(
 class _Reader:
     """Runs batches of prompts and attributes their logits; the arguments are those of `logit_attribution`.
 
-    The first prompt is run at once, to determine how heads are added to the residual stream.
+    A new reader runs the first prompt, to determine how heads are added to the residual stream.
 
     Raises:
         FeatpatchError: an SAE can't be attributed.

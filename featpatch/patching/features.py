@@ -1,4 +1,7 @@
-"""Studies of SAE features: single features, all features together, error terms and whole activations."""
+"""Studies of SAE features: single features, all features together, error terms and whole activations.
+
+`DictionaryPart` and `OnlyPart` are for other studies: the base of parts with one dictionary, and some nodes of another part.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -286,7 +286,7 @@ def rank_paths(
     if not isinstance(chosen, Screen):
         effects = run(study)
         if not len(effects) and effects.finished:
-            _warn_of_the_unchanged(part)
+            _warn_of_unchanged_senders(part)
         return effects
 
     def study_of(only: frozenset[Node]) -> Study:
@@ -360,7 +360,7 @@ def gradients_of(
     return method
 
 
-def _warn_of_the_unchanged(part: EdgePart) -> None:
+def _warn_of_unchanged_senders(part: EdgePart) -> None:
     """Warn that no path has an effect, because no sender differs between the runs of any pair."""
     senders = listed(list(map(str, part.senders.nodes)), 3)
     warnings.warn(

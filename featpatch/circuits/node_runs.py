@@ -1,8 +1,8 @@
 """Runs in which nodes (features, error terms, heads and whole activations) are each kept or ablated.
 
 At every hook point of a candidate, everything that is not kept is ablated, whether or not it is a candidate; other hook points
-are left alone. Kept nodes have their values in this run, which upstream ablations may have changed (Marks et al. 2024, arXiv
-2403.19647). With features f, error e and their ablation values f_a and e_a:
+are left alone. Kept nodes have the values that arise in this run, which upstream ablations may have changed (Marks et al. 2024,
+arXiv 2403.19647). With features f, error e and their ablation values f_a and e_a:
 
     x' = x + dec(f with the ablated features from f_a) - dec(f)  [+ e_a - e, where the error is ablated]
 """

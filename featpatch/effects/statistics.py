@@ -47,9 +47,16 @@ from scipy.stats import false_discovery_control, norm, t
 from featpatch.errors import FeatpatchError, is_number
 
 RESAMPLES = 999
+"""The number of bootstrap resamples."""
+
 SEED = 0
+"""The seed of all resamples and random signs, so that the same table always has the same statistics."""
+
 CONFIDENCE = 0.95
+"""The confidence level of intervals."""
+
 CHUNK = 256
+"""The number of rows whose resamples or sums are in memory at a time."""
 
 
 def expanded(pairs: int) -> float:
@@ -125,14 +132,17 @@ def _quantiles(values: NDArray[np.float64], shares: NDArray[np.float64]) -> NDAr
 
 
 FLIPS = 9_999
-MORE_FLIPS = 99_999
-"""Random draws for the rows of which fewer than `RARE` of the first draws gave a sum as large as the observed one."""
+"""The number of random draws of signs for every row."""
+
+MORE_FLIPS, RARE = 99_999, 10
+"""The number of draws for rows of which fewer than `RARE` of the first draws gave a sum as large as the observed one."""
+
+DRAWS = 10_000
+"""The number of draws that are in memory at a time."""
 
 TESTABLE = 0.05
 """Rows whose smallest possible p-value is larger than this get no q-value."""
 
-RARE = 10
-DRAWS = 10_000
 ROUNDING = 1e-12
 """Sums that differ by less than this share of the row's absolute changes count as equal, because they can be sums of the same
 terms in another order."""

@@ -308,6 +308,7 @@ class Matrix:
         return {patched: self._changes(*patched) for patched in self.hooks.get(place, ())}
 
     def _changes(self, site: str, combine: Combine) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the changes at a hook point with one meaning, read once for all units of a block, which share its deltas."""
         rows, values, patches = [], [], torch.arange(len(self.ends)).split(self.sizes)
         for numbers in alike(id(unit.deltas) for unit in self.units).values():
             block = self.units[numbers[0]]

@@ -176,7 +176,7 @@ class Sweep:
         units = self.units(blocks)
         idle = torch.ones(sum(map(len, blocks)), dtype=torch.bool)
         masks = idle.split([*map(len, blocks)])
-        number = {id(block.deltas): number for number, block in enumerate(blocks)}
+        number = {id(block.deltas): number for number, block in enumerate(blocks)}  # a unit has the deltas of its block
         for unit in units:
             masks[number[id(unit.deltas)]][unit.patches] = False
         for block, into, mask in zip(blocks, values, masks, strict=True):

@@ -13,14 +13,14 @@ ASKED = os.environ.get("FEATPATCH_EXAMPLES")
 default = MANY
 
 
-def share(part: float, deadline: int | None = 5000) -> Any:
-    """Settings of a test that makes this share of all examples, each within so many milliseconds."""
+def share(part: float) -> Any:
+    """Settings of a test that makes this share of all examples; what hangs ends at the timeout of the whole test."""
     return settings(
-        max_examples=max(3, round(int(ASKED or default) * part)), derandomize=ASKED is None, deadline=deadline, database=None,
+        max_examples=max(3, round(int(ASKED or default) * part)), derandomize=ASKED is None, deadline=None, database=None,
         suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate, Phase.shrink),
     )  # fmt: skip
 
 
-def each(part: float, deadline: int | None = 5000) -> Any:
+def each(part: float) -> Any:
     """Settings of a test that makes this share of all examples, or as many as FEATPATCH_EXAMPLES asks for."""
-    return share(part if ASKED is None else 1.0, deadline)
+    return share(part if ASKED is None else 1.0)

@@ -13,12 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import drawn
 import numpy as np
 import oracle
 import pytest
 import torch
 from architectures import BRIDGES, D_HEAD, VOCAB, hooked
+from drawn import share
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -38,7 +38,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Do not use the `random` module"),
 ]
 
-share = partial(drawn.share, deadline=None)
 EXACT = 1e-10
 WAYS = ("denoising", "noising")
 HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_attn_out", "attn.hook_z", "hook_mlp_out", "hook_resid_post")

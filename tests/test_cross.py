@@ -631,6 +631,30 @@ def test_what_happens_to_files_after_loading(tmp_path: Path, monkeypatch: pytest
         codec.rows(torch.tensor([2 * FEATURES]))
 
 
+@pytest.mark.parametrize("what", ["encoders", "decoders"])
+@pytest.mark.parametrize("short", [0, 1])
+def test_matrices_are_kept_in_memory_up_to_a_number_of_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, short: int
+) -> None:
+    """Of all layers together."""
+    tensors = save_clt(tmp_path / "clt")
+    name = "W_enc" if what == "encoders" else "W_dec"
+    size = sum(value.nbytes for key, value in tensors.items() if key.startswith(name))
+    monkeypatch.setattr(cross_formats, "KEPT", {"encoders": 2**31, "decoders": 2**31} | {what: size - short})
+    codec = codec_of(fp.load_sae(tmp_path / "clt"))
+    (tmp_path / "clt" / f"{name}_1.safetensors").unlink()
+
+    def used() -> None:
+        codec.encode(random(1, 2, LAYERS * WIDTH))
+        codec.rows(torch.arange(codec.d_sae))
+
+    if short:
+        with pytest.raises(fp.FeatpatchError, match=f"{name}_1.safetensors' can't be read"):
+            used()
+    else:
+        used()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import featpatch as fp
 from featpatch.checkpoints import Demo
-from featpatch.pairs.tokens import PairsWarning
+from featpatch.pairs.tokens import PairsWarning, prompt_ids
 
 SITE = "blocks.1.hook_resid_pre"
 WORDS = [
@@ -155,6 +155,18 @@ def test_bos_once_where_the_text_spells_it_out() -> None:
         spelt = fp.Pairs.from_prompts(tokenizer, clean=["<s>Paris is big"], **columns)
     assert spelt == plain
     assert plain[0].clean[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize(("sep", "kept"), [(None, False), ("to", False), ("<unk>", True), ("<s>", False)])
+def test_an_eos_that_the_tokenizer_appends_is_dropped(sep: str | None, kept: bool) -> None:
+    """The answer follows the prompt; not where it separates, as in masked language models, nor where the text has it."""
+    tokenizer = whole_words()
+    tokenizer.eos_token, tokenizer.sep_token = "<unk>", sep
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <unk>", special_tokens=[("<s>", 1), ("<unk>", 0)]
+    )
+    assert prompt_ids(tokenizer, "gave to") == (1, 5, 2, 0)[: 4 if kept else 3]
+    assert prompt_ids(tokenizer, "gave to <unk>") == (1, 5, 2, 0, 0)
 
 
 @pytest.mark.parametrize("adds", [True, False])

@@ -378,6 +378,12 @@ def test_an_object_of_circuit_tracer(tmp_path: Path, threshold: float | None, la
     code = codec.encode(flat(x))
     torch.testing.assert_close(codec.decode(code.features, code.state), flat(y + x @ W_skip), rtol=EXACT, atol=EXACT)
     torch.testing.assert_close(code.state["skip"], flat(x @ W_skip), rtol=EXACT, atol=EXACT)
+    for layer in range(LAYERS):
+        alone, own = codec.encode_group(x[layer : layer + 1], layer), slice(layer * FEATURES, (layer + 1) * FEATURES)
+        expected = torch.zeros_like(code.features)
+        expected[..., own] = code.features[..., own]
+        torch.testing.assert_close(alone.features, expected, rtol=EXACT, atol=EXACT)
+        assert torch.equal(alone.state["skip"], torch.zeros_like(code.state["skip"]))
 
 
 def test_an_object_of_dictionary_learning() -> None:

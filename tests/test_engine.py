@@ -546,7 +546,9 @@ def test_patches_without_an_effect_are_not_run(small: Small) -> None:
     ((_, (block, *_)),) = study.work()
     patch, position = torch.tensor([0, 0, 2, 3, 4]), torch.tensor([5, 3, 5, 4, 3])
     deltas = Deltas(5, patch, position, torch.zeros(5, dtype=torch.int64), torch.ones(5), torch.ones(1, 16))
-    before = replace(block, run=replace(block.run, answer=4), deltas=dict.fromkeys(block.deltas, deltas), patches=torch.arange(5))
+    before = replace(
+        block, run=replace(block.run, answer=4), deltas=dict.fromkeys(block.deltas, deltas), patches=torch.arange(5)
+    )
 
     def run(causal: bool) -> list[tuple[int, list[int]]]:
         return [(unit.first, unit.patches.tolist()) for unit in units_of([before], causal=causal)]

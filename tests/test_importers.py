@@ -420,8 +420,8 @@ def test_eap_ig_years(kind: str, tmp_path: Path, request: pytest.FixtureRequest)
     """Later years are right, the year itself and earlier ones wrong, each with two digits."""
     tokenizer = request.getfixturevalue(kind)
     prompts = {"clean": YEARS, "corrupted": YEARS.replace("1752", "1701")}
-    pairs = fp.Pairs.from_eap_ig(tokenizer, table(tmp_path / "p.csv", "label", "52", "4", **prompts))
-    for pair, year in zip(pairs, (52, 4), strict=True):
+    pairs = fp.Pairs.from_eap_ig(tokenizer, table(tmp_path / "p.csv", "label", "52", "4", "0", "98", **prompts))
+    for pair, year in zip(pairs, (52, 4, 0, 98), strict=True):
         assert pair.clean == ids(tokenizer, YEARS)
         assert pair.corrupted == ids(tokenizer, prompts["corrupted"])
         assert [tokenizer.decode([token]) for token in pair.correct] == [f"{number:02}" for number in range(year + 1, 100)]
@@ -437,7 +437,9 @@ def test_eap_ig_years(kind: str, tmp_path: Path, request: pytest.FixtureRequest)
         ("correct_idx,incorrect_idx", '3,"[4, 5.5]"', r"line 2: incorrect_idx is '\[4, 5.5\]': expected a token id"),
         ("correct_idx,incorrect_idx", "3,[]", r"line 2: incorrect_idx is '\[\]': expected a token id"),
         ("correct_idx,incorrect_idx", "3,3", r"line 2: correct=\(3,\), wrong=\(3,\): expected no answer to be both"),
-        ("label", "1752", r"line 2: label is '1752': expected the last two digits of a year, e.g. 52 or 4"),
+        ("label", "1752", r"line 2: label is '1752': expected the last two digits of a year, 0 to 98, e.g. 52 or 4"),
+        ("label", "99", r"line 2: label is '99': expected the last two digits of a year, 0 to 98"),
+        ("label", "-1", r"line 2: label is '-1': expected the last two digits of a year"),
         ("label", "[52]", r"line 2: label is '\[52\]': expected the last two digits of a year"),
     ],
 )  # fmt: skip

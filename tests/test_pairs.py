@@ -473,6 +473,8 @@ def test_positions_of_numpy_and_lists() -> None:
         ({"span": "Paul"}, "label 'x': 'Paul' is not in"),
         ({"text": "Mary"}, "label 'x': .* is not a valid label"),
         ({"span": 3}, "label 'x': 3 is not a valid label"),
+        ({}, "label 'x': {} is not a valid label"),
+        ({"span": "to", "at": 3}, "label 'x': {'span': 'to', 'at': 3} is not a valid label"),
         ([3, 4, 5], r"label 'x': \[3, 4, 5\] is not a valid label: .*, or a range of token positions"),
         (range(0), r"label 'x' is at \(\): expected an integer position or a tuple"),
         (range(3, 99), "label 'x' is at position"),

@@ -20,7 +20,7 @@ from featpatch.metrics import Measures
 from featpatch.model.backward import FROZEN, RULES, Rules, modified
 from featpatch.model.gradients import Differentiated
 from featpatch.model.gradients import gradients as backpropagated
-from featpatch.model.layer import hidden
+from featpatch.model.layer import close, hidden
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 
@@ -141,6 +141,16 @@ def test_an_activation_function_at_zero_has_the_factor_just_above(activation: An
     with torch.no_grad():
         at = z.clamp(min=1e-30).where(z >= 0, z)
         torch.testing.assert_close(z.grad, activation(at) / at, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_activations_are_close_relative_to_the_largest(scale: float) -> None:
+    """Within the square root of float32's precision, or of a lower one."""
+    x = scale * torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64)
+    for dtype, within, beyond in ((torch.float64, 3e-4, 4e-4), (torch.bfloat16, 0.08, 0.1)):
+        step = torch.tensor([0.0, scale, 0.0], dtype=torch.float64)
+        assert close(x + within * step, x.to(dtype))
+        assert not close(x + beyond * step, x.to(dtype))
 
 
 def test_an_edit_made_later_is_seen_by_the_rules() -> None:

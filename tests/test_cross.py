@@ -499,6 +499,9 @@ def test_named_features_mean_what_they_mean_in_a_ranking(combine: Any) -> None:
     found = fp.rank_nodes(small.model, pairs_of(small), [*best.nodes, fp.Patch(low[:1])], saes=clt, **run)
     np.testing.assert_allclose(found.pooled("recovery")[:3], best.pooled("recovery"), rtol=0, atol=EXACT)
     assert found.pooled("recovery")[3] == pytest.approx(best.pooled("recovery")[list(best.nodes).index(low[0])], abs=EXACT)
+    if combine == "set":
+        with pytest.raises(fp.FeatpatchError, match="whose patches set several hook points: expected patches that add"):
+            fp.rank_features(small.model, clt, pairs_of(small), method="atp", **run)
 
 
 @pytest.fixture

@@ -358,9 +358,9 @@ AGREEMENT = {
 @pytest.mark.parametrize(("kind", "shift"), [("words", 1), ("bytewise", 0)])
 def test_feature_circuits(kind: str, shift: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
-    path = lines(tmp_path / "p.json", {**AGREEMENT, "subj_pos": 1, "position": [2, 3], "number": 4, "source": "x"}, AGREEMENT)
+    path = lines(tmp_path / "p.json", {**AGREEMENT, "subj_pos": 0, "position": [2, 3], "number": 4, "source": "x"}, AGREEMENT)
     plain = expected(tokenizer, space=" ", tags={"case": "clean_first"})
-    labels = {"subj_pos": 1 + shift, "position": 3 + shift}
+    labels = {"subj_pos": shift, "position": 3 + shift}
     positioned = expected(tokenizer, space=" ", labels=labels, tags={"case": "clean_first", "source": "x"})
     assert list(fp.Pairs.from_feature_circuits(tokenizer, path)) == [positioned, plain]
 
@@ -376,6 +376,8 @@ def test_feature_circuits(kind: str, shift: int, tmp_path: Path, request: pytest
         ({**AGREEMENT, "clean_answer": 3}, r"line 2: clean_answer is 3: expected a string"),
         ({**AGREEMENT, "pos": "2"}, r"line 2: pos is '2': expected a token position of 0 or more, or \[first, last\]"),
         ({**AGREEMENT, "pos": -1}, r"line 2: pos is -1: expected a token position"),
+        ({**AGREEMENT, "pos": [3]}, r"line 2: pos is \[3\]: expected a token position of 0 or more, or \[first, last\]"),
+        ({**AGREEMENT, "pos": [1, -2]}, r"line 2: pos is \[1, -2\]: expected a token position"),
         ({**AGREEMENT, "pos": 11}, r"line 2: label 'pos' is at position 12: expected 0 to 11"),
         ({**AGREEMENT, "patch_answer": " give up"}, r"line 2: answer ' give up' is 2 tokens"),
     ],
@@ -505,6 +507,7 @@ def test_auto_circuit(words: Any, tmp_path: Path) -> None:
             {"prompts": [{**PROMPT, "wrong_answers": ["a", 3]}]},
             r"prompt 0: wrong_answers is \['a', 3\]: expected a list of strings or",
         ),
+        ({"prompts": [{**PROMPT, "answers": [3, -1]}]}, r"prompt 0: answers is \[3, -1\]: expected a list of strings or a"),
         (
             {"prompts": [PROMPT], "word_idxs": {"A": "x"}},
             r"word_idxs of .*p.json' is \{'A': 'x'\}: expected an object of token",

@@ -381,9 +381,23 @@ def test_spans_from_text(demo: Demo) -> None:
         corrupted=[text.format("Mary")],
         correct=["Mary"],
         wrong=["John"],
-        labels=[{"people": {"span": "Mary and John"}, "same": {"span": (5, 18)}, "store": "the store"}],
+        labels=[
+            {
+                "people": {"span": "Mary and John"},
+                "same": {"span": (5, 18)},
+                "store": "the store",
+                "first": (0, 4),
+                "whole": {"span": (0, len(text.format("John")))},
+            }
+        ],
     )
-    assert pairs[0].labels == {"people": (2, 3, 4), "same": (2, 3, 4), "store": 8}
+    assert pairs[0].labels == {
+        "people": (2, 3, 4),
+        "same": (2, 3, 4),
+        "store": 8,
+        "first": 1,
+        "whole": tuple(range(1, len(pairs[0]))),
+    }
     words = [demo.model.tokenizer.decode([pairs[0].clean[p]]) for p in pairs[0].positions("people")]
     assert words == ["Mary", "and", "John"]
     noise = fp.Noise(["people"], scale=1.0)
@@ -474,6 +488,10 @@ def test_positions_of_numpy_and_lists() -> None:
         ({"text": "Mary"}, "label 'x': .* is not a valid label"),
         ({"span": 3}, "label 'x': 3 is not a valid label"),
         ({}, "label 'x': {} is not a valid label"),
+        ([-1, 4], r"label 'x': the characters \[-1, 4\] are outside .* expected 0 <= start < end <= 20"),
+        ([0, 21], "are outside .* or empty"),
+        ([4, 4], "are outside .* or empty"),
+        ([4, 2], "are outside .* or empty"),
         ({"span": "to", "at": 3}, "label 'x': {'span': 'to', 'at': 3} is not a valid label"),
         ([3, 4, 5], r"label 'x': \[3, 4, 5\] is not a valid label: .*, or a range of token positions"),
         (range(0), r"label 'x' is at \(\): expected an integer position or a tuple"),

@@ -169,6 +169,13 @@ def test_an_eos_that_the_tokenizer_appends_is_dropped(sep: str | None, kept: boo
     assert prompt_ids(tokenizer, "gave to <unk>") == (1, 5, 2, 0, 0)
 
 
+def test_the_only_token_of_a_prompt_stays_where_bos_is_also_eos() -> None:
+    tokenizer = beginning(whole_words())
+    tokenizer.eos_token = tokenizer.bos_token
+    assert prompt_ids(tokenizer, "") == (1,)
+    assert prompt_ids(tokenizer, "gave") == (1, 5)
+
+
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("prepends", [True, False])
 def test_a_model_gives_the_ids_of_its_own_text_call(bridge: Small, adds: bool, prepends: bool) -> None:
@@ -260,6 +267,10 @@ def test_padding_that_is_also_bos() -> None:
             fp.Pairs.from_tokens([ids], [ids], **answers, tokenizer=tokenizer)
     (pair,) = fp.Pairs.from_tokens([[bos, 5, 6]], [[bos, 5, 9]], **answers, tokenizer=tokenizer)
     assert pair.clean == (bos, 5, 6)
+    clean, corrupted = ([[bos, 5, last], [4, 5, last], [3, 5, last]] for last in (6, 9))
+    with pytest.raises(fp.FeatpatchError, match=r"2 of 6 rows of token ids begin with 1, .* BOS in all rows or in none"):
+        fp.Pairs.from_tokens(clean, corrupted, [[7]] * 3, [[8]] * 3, tokenizer=tokenizer)
+    assert len(fp.Pairs.from_tokens(clean[1:], corrupted[1:], [[7]] * 2, [[8]] * 2, tokenizer=tokenizer)) == 2
 
 
 def small_gpt2(tokenizer: PreTrainedTokenizerFast) -> Any:

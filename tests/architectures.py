@@ -143,6 +143,8 @@ HOOKED: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: hooked(act_fn="gelu_new"),
     "neox": lambda: hooked(
         act_fn="gelu", positional_embedding_type="rotary", rotary_dim=2, parallel_attn_mlp=True, rotary_adjacent_pairs=False),
+    "gptj": lambda: hooked(
+        act_fn="gelu_new", positional_embedding_type="rotary", rotary_dim=4, parallel_attn_mlp=True, rotary_adjacent_pairs=True),
     "llama": lambda: hooked(**ROTARY_RMS),
     "gemma2": lambda: hooked(
         **{**ROTARY_RMS, "act_fn": "gelu_pytorch_tanh"}, use_normalization_before_and_after=True, attn_scores_soft_cap=2.0,

@@ -20,6 +20,7 @@ from featpatch.metrics import Measures
 from featpatch.model.backward import FROZEN, RULES, Rules, modified
 from featpatch.model.gradients import Differentiated
 from featpatch.model.gradients import gradients as backpropagated
+from featpatch.model.layer import close, hidden
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 
@@ -130,6 +131,26 @@ def test_rules_act_in_their_own_thread_and_end_with_an_exception() -> None:
         raise ZeroDivisionError
     assert torch.equal(taken(lens, hooks).gradients[hooks[0]], plain)
     assert not any(module._forward_hooks for module in lens.model.modules())
+
+
+@pytest.mark.parametrize("activation", [torch.relu, torch.nn.functional.gelu, torch.nn.functional.silu])
+def test_an_activation_function_at_zero_has_the_factor_just_above(activation: Any) -> None:
+    """The constant act(z) / z is 0 / 0 where z is 0."""
+    z = torch.tensor([0.0, -1.0, 1e-30, 2.0], dtype=torch.float64, requires_grad=True)
+    hidden(activation, z, scaled=True).sum().backward()
+    with torch.no_grad():
+        at = z.clamp(min=1e-30).where(z >= 0, z)
+        torch.testing.assert_close(z.grad, activation(at) / at, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_activations_are_close_relative_to_the_largest(scale: float) -> None:
+    """Within the square root of float32's precision, or of a lower one."""
+    x = scale * torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64)
+    for dtype, within, beyond in ((torch.float64, 3e-4, 4e-4), (torch.bfloat16, 0.08, 0.1)):
+        step = torch.tensor([0.0, scale, 0.0], dtype=torch.float64)
+        assert close(x + within * step, x.to(dtype))
+        assert not close(x + beyond * step, x.to(dtype))
 
 
 def test_an_edit_made_later_is_seen_by_the_rules() -> None:

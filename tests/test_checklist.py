@@ -54,6 +54,42 @@ def test_examples(demo: Demo, name: str) -> None:
         assert set(found.values()) == {"pass"}
 
 
+class Pieces:
+    """A tokenizer of these pieces, in which a space is shown as GPT-2's does."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = pieces
+
+    def __call__(self, text: str) -> list[int]:
+        return [self.pieces.index(text.replace(" ", "Ġ"))]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.pieces[n] for n in ids).replace("Ġ", " ")
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.pieces[n] for n in ids]
+
+
+@pytest.mark.parametrize(
+    ("piece", "kind"),
+    [
+        ("ĠJohn", "a name after a space"), ("Anna", "a name"), ("Ġred", "a word after a space"), ("blue", "a word"),
+        ("Ġ7", "a number after a space"), ("42", "a number"), ("!", "a punctuation mark"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("other", "its"), [("Mary", "a name"), ("ĠMary", "a name after a space"), ("red", "a word"), ("17", "a number")]
+)
+def test_kinds_of_words(piece: str, kind: str, other: str, its: str) -> None:
+    found = check(
+        [fp.Pair((0, 1), (0, 2), (3,), (4,))], Bigram(torch.zeros(6, 6)), tokenizer=Pieces("a", piece, other, "b", "c", "d")
+    )
+    (finding,) = [finding for finding in found.findings if finding.rule == "kind"]
+    words = (repr(word.replace("Ġ", "")) for word in (piece, other))
+    expected = ("warn", f"{next(words)} is {kind} and {next(words)} is {its}, at 1")
+    assert (finding.status, finding.detail) == (expected if kind != its else ("pass", "changed tokens are of the same kind"))
+
+
 def test_words_of_different_kinds_are_named(demo: Demo) -> None:
     found = check(pairs_of(demo, EXAMPLES["a name for a word"][0]), demo.model)
     (said,) = [finding.detail for finding in found.findings if finding.rule == "kind"]
@@ -100,16 +136,71 @@ class Bigram:
         return self.table[tokens]
 
 
-@pytest.mark.parametrize(("drop", "status"), [(1.0, "pass"), (5.0, "warn"), (20.0, "fail")])
-def test_odd_replacements(drop: float, status: str) -> None:
-    """Token 2 is `drop` nats less likely after token 0 than token 1 is."""
+@pytest.mark.parametrize(
+    ("drop", "status"), [(0.0, "pass"), (2.99, "pass"), (3.01, "warn"), (7.99, "warn"), (8.01, "fail"), (20.0, "fail")]
+)
+@pytest.mark.parametrize(("token", "word"), [(2, "more"), (1, "less")])
+def test_odd_replacements(drop: float, status: str, token: int, word: str) -> None:
+    """Token 2 or token 1 is `drop` nats less likely after token 0 than the other."""
     table = torch.zeros(6, 6)
-    table[0, 2] = -drop
+    table[0, token] = -drop
     table[1, 4], table[2, 5] = 5.0, 5.0
     pair = fp.Pair((0, 1), (0, 2), correct=(4,), wrong=(5,))
-    found = statuses(check([pair], Bigram(table)))
+    checked = check([pair], Bigram(table))
+    found = statuses(checked)
     assert found["surprise"] == status
     assert found["output"] == "pass"
+    (said,) = [finding.detail for finding in checked.findings if finding.rule == "surprise"]
+    assert said == f"changed tokens {drop:.1f} nats {word if drop else 'less'} surprising when corrupted"
+
+
+@pytest.mark.parametrize(("changed", "status"), [(1, "pass"), (3, "pass"), (4, "warn")])
+def test_how_many_tokens_differ(changed: int, status: str) -> None:
+    found = check([fp.Pair((0,) * 5, (0,) * (5 - changed) + (1,) * changed, (4,), (5,))], Bigram(torch.zeros(6, 6)))
+    assert statuses(found)["difference"] == status
+    detail = next(finding.detail for finding in found.findings if finding.rule == "difference")
+    assert detail.startswith(f"{changed} of 5 tokens differ{'s' * (changed == 1)} ({5 - changed}: 0 -> 1")
+    assert detail.count("->") == min(changed, 3)
+
+
+@pytest.mark.parametrize(
+    ("clean", "corrupted", "status"),
+    [(1.0, -1.0, "pass"), (1.0, 0.0, "warn"), (1.0, 0.5, "warn"), (1.0, 1.0, "fail"), (1.0, 2.0, "fail"), (0.0, -1.0, "fail")],
+)
+@pytest.mark.parametrize("metric", ["logit_diff", "prob_diff"])
+def test_what_the_model_prefers(clean: float, corrupted: float, status: str, metric: Any) -> None:
+    """The right answer on the clean prompt, and there more than on the corrupted one, on which it prefers the wrong one."""
+    table = torch.zeros(6, 6)
+    table[1, 4], table[2, 4] = clean, corrupted
+    pair = fp.Pair((0, 1), (0, 2), (4,), (5,))
+    assert statuses(check([pair], Bigram(table), metric=metric))["output"] == status
+
+
+@pytest.mark.parametrize(
+    ("clean", "corrupted", "status"), [(1.0, -1.0, "pass"), (-1.0, -2.0, "pass"), (1.0, 1.0, "fail"), (1.0, 2.0, "fail")]
+)
+def test_the_right_answer_alone_is_more_likely_on_the_clean_prompt(clean: float, corrupted: float, status: str) -> None:
+    table = torch.zeros(6, 6)
+    table[1, 4], table[2, 4] = clean, corrupted
+    assert statuses(check([fp.Pair((0, 1), (0, 2), (4,), ())], Bigram(table)))["output"] == status
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "status", "said"),
+    [
+        ([(4, 1), (3, 1)], [(5, 1)], "pass", "2 right, 1 wrong, 2 tokens each"),
+        ([(4, 1)], [(5, 1, 2)], "pass", "1 right, 1 wrong, 2 to 3 tokens"),
+        ([(4, 1)], [(4, 1, 2)], "warn", "one is the beginning of the other"),
+        ([(4, 1, 2)], [(4, 1)], "warn", "one is the beginning of the other"),
+        ([(4, 1)], [(5, 1), (4,)], "warn", "one is the beginning of the other"),
+    ],
+)
+def test_answers_of_several_tokens(right: Any, wrong: Any, status: str, said: str) -> None:
+    pair = fp.Pair((0, 1), (0, 2), (), (), correct_sequences=tuple(right), wrong_sequences=tuple(wrong))
+    found = check([pair], Bigram(torch.zeros(6, 6)))
+    assert statuses(found)["answers"] == status
+    detail = next(finding.detail for finding in found.findings if finding.rule == "answers")
+    assert detail == said if status == "pass" else said in detail
 
 
 def test_what_pairs_have_in_common(demo: Demo) -> None:
@@ -131,12 +222,22 @@ def test_what_pairs_have_in_common(demo: Demo) -> None:
     assert (frame.advice != "").sum() == (frame.status != "pass").sum() == 2
 
 
-def test_small_gaps(demo: Demo) -> None:
+@pytest.mark.parametrize(("size", "status"), [(0.2, "warn"), (0.99, "warn"), (1.01, "pass")])
+def test_small_gaps(size: float, status: str) -> None:
+    """Below a fifth of the median."""
     table = torch.zeros(8, 8)
-    table[1, 6], table[2, 7], table[3, 6], table[4, 7] = 5.0, 5.0, 0.2, 0.2
+    table[1, 6], table[2, 7], table[3, 6], table[4, 7] = 5.0, 5.0, size, size
     pairs = [fp.Pair((0, a), (0, b), (6,), (7,)) for a, b in ((1, 2), (1, 2), (3, 4))]
     found = check(pairs, Bigram(table))
-    assert [statuses(found, pair)["gap"] for pair in range(3)] == ["pass", "pass", "warn"]
+    assert [statuses(found, pair)["gap"] for pair in range(3)] == ["pass", "pass", status]
+    assert {finding.detail for finding in found.findings[:18] if finding.rule == "gap"} == {"gap 10.00, median 10.00"}
+
+
+@pytest.mark.parametrize(("labelled", "status"), [(1, "pass"), (3, "pass"), (4, "warn")])
+def test_labels_that_more_than_half_of_the_pairs_have(labelled: int, status: str) -> None:
+    pairs = [fp.Pair((0, 1), (0, 2), (4,), (5,), labels={"it": 1} if n < labelled else {}) for n in range(6)]
+    found = check(pairs, Bigram(torch.zeros(6, 6)))
+    assert [statuses(found, pair)["labels"] for pair in range(6)] == ["pass"] * labelled + [status] * (6 - labelled)
 
 
 def test_answers_that_are_no_words(demo: Demo) -> None:

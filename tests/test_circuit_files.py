@@ -69,6 +69,12 @@ def test_files_of_eap_ig(tmp_path: Path) -> None:
     for edge, score in zip(circuit.graph.items, circuit.scores, strict=True):
         kept = edge in circuit.items
         assert content["edges"][theirs(named(edge))] == {"score": score, "in_graph": kept}
+    every, used = (
+        {node for edge in edges for node in theirs(named(edge)).split("<")[0].split("->")}
+        for edges in (circuit.graph.items, circuit.items)
+    )
+    assert content["nodes"] == {node: {"in_graph": node in {*used, "input", "logits"}} for node in every}
+    assert 2 < sum(node["in_graph"] for node in content["nodes"].values()) < len(content["nodes"])
     content["edges"] = {name: {"score": float(n), "in_graph": n > 200} for n, name in enumerate(content["edges"])}
     (tmp_path / "theirs.json").write_text(json.dumps(content))
     found = fp.load_circuit(tmp_path / "theirs.json", small.model, pairs)

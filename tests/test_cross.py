@@ -378,6 +378,12 @@ def test_an_object_of_circuit_tracer(tmp_path: Path, threshold: float | None, la
     code = codec.encode(flat(x))
     torch.testing.assert_close(codec.decode(code.features, code.state), flat(y + x @ W_skip), rtol=EXACT, atol=EXACT)
     torch.testing.assert_close(code.state["skip"], flat(x @ W_skip), rtol=EXACT, atol=EXACT)
+    for layer in range(LAYERS):
+        alone, own = codec.encode_group(x[layer : layer + 1], layer), slice(layer * FEATURES, (layer + 1) * FEATURES)
+        expected = torch.zeros_like(code.features)
+        expected[..., own] = code.features[..., own]
+        torch.testing.assert_close(alone.features, expected, rtol=EXACT, atol=EXACT)
+        assert torch.equal(alone.state["skip"], torch.zeros_like(code.state["skip"]))
 
 
 def test_an_object_of_dictionary_learning() -> None:
@@ -493,6 +499,9 @@ def test_named_features_mean_what_they_mean_in_a_ranking(combine: Any) -> None:
     found = fp.rank_nodes(small.model, pairs_of(small), [*best.nodes, fp.Patch(low[:1])], saes=clt, **run)
     np.testing.assert_allclose(found.pooled("recovery")[:3], best.pooled("recovery"), rtol=0, atol=EXACT)
     assert found.pooled("recovery")[3] == pytest.approx(best.pooled("recovery")[list(best.nodes).index(low[0])], abs=EXACT)
+    if combine == "set":
+        with pytest.raises(fp.FeatpatchError, match="whose patches set several hook points: expected patches that add"):
+            fp.rank_features(small.model, clt, pairs_of(small), method="atp", **run)
 
 
 @pytest.fixture
@@ -629,6 +638,30 @@ def test_what_happens_to_files_after_loading(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "clt" / "W_dec_2.safetensors").unlink()
     with pytest.raises(fp.FeatpatchError, match="W_dec_2.safetensors' can't be read .* leave it in its place"):
         codec.rows(torch.tensor([2 * FEATURES]))
+
+
+@pytest.mark.parametrize("what", ["encoders", "decoders"])
+@pytest.mark.parametrize("short", [0, 1])
+def test_matrices_are_kept_in_memory_up_to_a_number_of_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, short: int
+) -> None:
+    """Of all layers together."""
+    tensors = save_clt(tmp_path / "clt")
+    name = "W_enc" if what == "encoders" else "W_dec"
+    size = sum(value.nbytes for key, value in tensors.items() if key.startswith(name))
+    monkeypatch.setattr(cross_formats, "KEPT", {"encoders": 2**31, "decoders": 2**31} | {what: size - short})
+    codec = codec_of(fp.load_sae(tmp_path / "clt"))
+    (tmp_path / "clt" / f"{name}_1.safetensors").unlink()
+
+    def used() -> None:
+        codec.encode(random(1, 2, LAYERS * WIDTH))
+        codec.rows(torch.arange(codec.d_sae))
+
+    if short:
+        with pytest.raises(fp.FeatpatchError, match=f"{name}_1.safetensors' can't be read"):
+            used()
+    else:
+        used()
 
 
 @pytest.mark.parametrize(

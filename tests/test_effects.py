@@ -10,6 +10,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from small import Small
+from test_statistics import made
 
 import featpatch as fp
 from featpatch.errors import decimal
@@ -130,6 +131,12 @@ def test_saved_and_loaded_is_the_same(bridge: Small, tmp_path: Path) -> None:
     assert again.metadata == json.loads(json.dumps(effects.metadata))
     assert again.metadata["pairs"] == pairs.digest()
     assert set(again.metadata["versions"]) == {"featpatch", "featpatch's code", "torch", "sae-lens", "transformer-lens"}
+
+
+def test_positions_in_long_prompts_are_loaded_again(tmp_path: Path) -> None:
+    table = made([[1.0], [2.0], [3.0]], [4.0], positions=[100_003, -1, "end"])
+    nodes = tuple(fp.Node(SITE, "feature", 2**40, place, SITE) for place in (100_003, -1, "end"))
+    assert fp.Effects.load(replace(table, nodes=nodes).save(tmp_path / "effects")).nodes == nodes
 
 
 def test_digests_tell_pairs_and_models_apart(bridge: Small) -> None:

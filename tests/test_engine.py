@@ -6,6 +6,7 @@ import random
 import signal
 import time
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from featpatch.engine import sweep as budget
 from featpatch.engine.journal import Journal
 from featpatch.engine.patches import Deltas
 from featpatch.engine.suffix import SuffixPath
-from featpatch.engine.sweep import Sweep, batches
+from featpatch.engine.sweep import Sweep, batches, units_of
 from featpatch.model.facts import digest
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.controls import RandomPart
@@ -549,6 +550,23 @@ def test_batches_are_full_and_fit(small: Small, room: int) -> None:
         used = sum(rows * patches for rows, patches in size)
         assert used <= room or [patches for _, patches in size] == [1]
         assert following is None or used + following[0][0] > room
+
+
+def test_patches_without_an_effect_are_not_run(small: Small) -> None:
+    """Those that change nothing, and in a causal model those that change only positions after the answer."""
+    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Options("all", ("denoising",), batch_rows=40))
+    ((_, (block, *_)),) = study.work()
+    patch, position = torch.tensor([0, 0, 2, 3, 4]), torch.tensor([5, 3, 5, 4, 3])
+    deltas = Deltas(5, patch, position, torch.zeros(5, dtype=torch.int64), torch.ones(5), torch.ones(1, 16))
+    before = replace(
+        block, run=replace(block.run, answer=4), deltas=dict.fromkeys(block.deltas, deltas), patches=torch.arange(5)
+    )
+
+    def run(causal: bool) -> list[tuple[int, list[int]]]:
+        return [(unit.first, unit.patches.tolist()) for unit in units_of([before], causal=causal)]
+
+    assert run(causal=True) == [(3, [0, 4]), (4, [3])]
+    assert run(causal=False) == [(3, [0, 4]), (4, [3]), (5, [2])]
 
 
 def test_what_parts_find_stays_with_the_runs(small: Small) -> None:

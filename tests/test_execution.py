@@ -342,6 +342,18 @@ def test_ctrl_c_returns_what_is_finished(tmp_path: Path) -> None:
     same(fp.rank_features(small.model, small.saes[1], pairs, executor=Interrupted(10**9), **options), whole)
 
 
+def test_a_bar_counts_the_patches_that_workers_finish(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """From none to all of them, in both directions; a run that is complete in the journal has all from the start."""
+    small, pairs = small_hooked(), pairs_of(small_hooked())
+    plan = fp.plan(small.model, small.saes[1], pairs)
+    options: dict[str, Any] = {"executor": Interrupted(), "batch_rows": 20, "journal": tmp_path / "journal"}
+    for progress, shown in ((False, False), (True, True)):
+        fp.rank_features(small.model, small.saes[1], pairs, **options, progress=progress)
+        err = capsys.readouterr().err
+        assert (f"{plan.patches}/{plan.patches} [" in err) == shown, err
+        assert ("patching on workers: 100%" in err) == shown
+
+
 @pytest.mark.usefixtures("cluster")
 def test_another_cluster_than_the_one_that_is_there() -> None:
     small, pairs = small_hooked(), pairs_of(small_hooked())
@@ -371,6 +383,7 @@ def test_bad_executors(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: "spark", "executor='spark'"),
         (lambda: fp.Ray(workers=0), "workers=0"),
         (lambda: fp.Ray(gpus=-1.0), "gpus=-1.0"),
+        (lambda: fp.Ray(cpus=float("inf")), "cpus=inf"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.rank_features(small.model, small.saes[1], pairs, executor=make(), **ROWS)

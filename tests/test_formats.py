@@ -52,6 +52,8 @@ def compared(small: Small, sae: Any, library: Any, reads: str, writes: str, scal
 @pytest.mark.parametrize("kind", libraries.DICTIONARY_LEARNING, ids=lambda kind: kind.__name__)
 def test_dictionary_learning(bridge: Small, tmp_path: Path, kind: type) -> None:
     library = drawn(kind())
+    if kind is libraries.AutoEncoder:
+        library.decoder.weight.data[:, ::2] /= 4  # some norms are below 1, others above
     libraries.save_dictionary_learning(library, tmp_path / "trainer_0")
     norms = library.decoder.weight.norm(dim=0).detach() if kind is libraries.AutoEncoder else 1.0  # its loader scales to 1
     loaded = fp.load_sae(tmp_path / "trainer_0")
@@ -409,6 +411,14 @@ def test_settings_of_sparsify_that_are_none(tmp_path: Path, changed: dict[str, A
     libraries.save_sparsify(SparseCoder(), tmp_path / "layers.1", **changed)
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.load_sae(tmp_path / "layers.1")
+
+
+def test_settings_of_sparsify_that_older_versions_did_not_write(bridge: Small, tmp_path: Path) -> None:
+    """An SAE without a skip path, with the activation function that there was: the k largest of all features."""
+    library = drawn(SparseCoder())
+    libraries.save_sparsify(library, tmp_path / "layers.1")
+    (tmp_path / "layers.1" / "cfg.json").write_text(json.dumps({"k": library.cfg.k, "d_in": library.d_in}))
+    compared(bridge, fp.load_sae(tmp_path / "layers.1"), library, STREAM, STREAM)
 
 
 def test_damaged_files_of_others(tmp_path: Path) -> None:

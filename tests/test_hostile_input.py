@@ -320,9 +320,11 @@ def entry_of(name: str, value: Any) -> Callable[[dict[str, str]], dict[str, str]
     "change",
     [
         *(node_with(index=value) for value in (-1, 2**63, 10**40, True, 1.5, "1", None)),
-        *(node_with(position=value) for value in (-(2**63), 2**63, True, [1], None, {}, 0.5)),
+        *(node_with(position=value) for value in (-(2**63), 2**53, 2**63, True, [1], None, {}, 0.5)),
         *(node_with(site=value) for value in (None, 3, [])), node_with(sae=None), node_with(kind="edge"), node_with(kind=[]),
         lambda said: {**said, "nodes": as_json(2 * json.loads(said["nodes"]))},
+        lambda said: {**said, "nodes": as_json([[*first, first, first] for first in json.loads(said["nodes"])])},
+        *(entry_of("threshold", value) for value in (0.0, 1.0, -0.5, 1)),
         *(entry_of(name, value) for name in ("metric", "metrics", "directions", "positions", "model", "versions", "rows_ranked", "finished", "screening", "tags", "of_pairs", "saes") for value in (None, -1, 10**40, [[]], {"a": 1}, [1.5])),
         entry_of("screening", {"k": 0, "sampled": 1, "candidates": 2, "looks": 1, "changed_features": []}),
         *(entry_of("screening", {"k": 1, "sampled": 1, "candidates": 2, "looks": 1, "changed_features": [row]}) for row in ([3, "a", "b", 1], ["a", "b", "S2", "1"], ["a", "b", "S2", 1, 1])),

@@ -358,9 +358,9 @@ AGREEMENT = {
 @pytest.mark.parametrize(("kind", "shift"), [("words", 1), ("bytewise", 0)])
 def test_feature_circuits(kind: str, shift: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
-    path = lines(tmp_path / "p.json", {**AGREEMENT, "subj_pos": 1, "position": [2, 3], "number": 4, "source": "x"}, AGREEMENT)
+    path = lines(tmp_path / "p.json", {**AGREEMENT, "subj_pos": 0, "position": [2, 3], "number": 4, "source": "x"}, AGREEMENT)
     plain = expected(tokenizer, space=" ", tags={"case": "clean_first"})
-    labels = {"subj_pos": 1 + shift, "position": 3 + shift}
+    labels = {"subj_pos": shift, "position": 3 + shift}
     positioned = expected(tokenizer, space=" ", labels=labels, tags={"case": "clean_first", "source": "x"})
     assert list(fp.Pairs.from_feature_circuits(tokenizer, path)) == [positioned, plain]
 
@@ -376,6 +376,8 @@ def test_feature_circuits(kind: str, shift: int, tmp_path: Path, request: pytest
         ({**AGREEMENT, "clean_answer": 3}, r"line 2: clean_answer is 3: expected a string"),
         ({**AGREEMENT, "pos": "2"}, r"line 2: pos is '2': expected a token position of 0 or more, or \[first, last\]"),
         ({**AGREEMENT, "pos": -1}, r"line 2: pos is -1: expected a token position"),
+        ({**AGREEMENT, "pos": [3]}, r"line 2: pos is \[3\]: expected a token position of 0 or more, or \[first, last\]"),
+        ({**AGREEMENT, "pos": [1, -2]}, r"line 2: pos is \[1, -2\]: expected a token position"),
         ({**AGREEMENT, "pos": 11}, r"line 2: label 'pos' is at position 12: expected 0 to 11"),
         ({**AGREEMENT, "patch_answer": " give up"}, r"line 2: answer ' give up' is 2 tokens"),
     ],
@@ -420,8 +422,8 @@ def test_eap_ig_years(kind: str, tmp_path: Path, request: pytest.FixtureRequest)
     """Later years are right, the year itself and earlier ones wrong, each with two digits."""
     tokenizer = request.getfixturevalue(kind)
     prompts = {"clean": YEARS, "corrupted": YEARS.replace("1752", "1701")}
-    pairs = fp.Pairs.from_eap_ig(tokenizer, table(tmp_path / "p.csv", "label", "52", "4", **prompts))
-    for pair, year in zip(pairs, (52, 4), strict=True):
+    pairs = fp.Pairs.from_eap_ig(tokenizer, table(tmp_path / "p.csv", "label", "52", "4", "0", "98", **prompts))
+    for pair, year in zip(pairs, (52, 4, 0, 98), strict=True):
         assert pair.clean == ids(tokenizer, YEARS)
         assert pair.corrupted == ids(tokenizer, prompts["corrupted"])
         assert [tokenizer.decode([token]) for token in pair.correct] == [f"{number:02}" for number in range(year + 1, 100)]
@@ -437,7 +439,9 @@ def test_eap_ig_years(kind: str, tmp_path: Path, request: pytest.FixtureRequest)
         ("correct_idx,incorrect_idx", '3,"[4, 5.5]"', r"line 2: incorrect_idx is '\[4, 5.5\]': expected a token id"),
         ("correct_idx,incorrect_idx", "3,[]", r"line 2: incorrect_idx is '\[\]': expected a token id"),
         ("correct_idx,incorrect_idx", "3,3", r"line 2: correct=\(3,\), wrong=\(3,\): expected no answer to be both"),
-        ("label", "1752", r"line 2: label is '1752': expected the last two digits of a year, e.g. 52 or 4"),
+        ("label", "1752", r"line 2: label is '1752': expected the last two digits of a year, 0 to 98, e.g. 52 or 4"),
+        ("label", "99", r"line 2: label is '99': expected the last two digits of a year, 0 to 98"),
+        ("label", "-1", r"line 2: label is '-1': expected the last two digits of a year"),
         ("label", "[52]", r"line 2: label is '\[52\]': expected the last two digits of a year"),
     ],
 )  # fmt: skip
@@ -503,6 +507,7 @@ def test_auto_circuit(words: Any, tmp_path: Path) -> None:
             {"prompts": [{**PROMPT, "wrong_answers": ["a", 3]}]},
             r"prompt 0: wrong_answers is \['a', 3\]: expected a list of strings or",
         ),
+        ({"prompts": [{**PROMPT, "answers": [3, -1]}]}, r"prompt 0: answers is \[3, -1\]: expected a list of strings or a"),
         (
             {"prompts": [PROMPT], "word_idxs": {"A": "x"}},
             r"word_idxs of .*p.json' is \{'A': 'x'\}: expected an object of token",

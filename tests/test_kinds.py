@@ -479,7 +479,9 @@ def test_a_dictionary_of_one_head_is_refused(bridge: Small) -> None:
         fp.rank_features(bridge.model, sae, pairs_of(bridge))
 
 
-@pytest.mark.parametrize(("layer", "components", "message"), [(1, 17, "components=17: expected 1 to 16")])
+@pytest.mark.parametrize(
+    ("layer", "components", "message"), [(1, 17, "components=17: expected 1 to 16"), (1, 0, "components=0: expected")]
+)
 def test_baselines_that_cannot_be(bridge: Small, layer: int, components: int, message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.dictionaries.pca(bridge.model, f"blocks.{layer}.hook_resid_pre", pairs_of(bridge), components=components)

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import featpatch as fp
 from featpatch.checkpoints import Demo
-from featpatch.pairs.tokens import PairsWarning
+from featpatch.pairs.tokens import PairsWarning, prompt_ids
 
 SITE = "blocks.1.hook_resid_pre"
 WORDS = [
@@ -157,6 +157,25 @@ def test_bos_once_where_the_text_spells_it_out() -> None:
     assert plain[0].clean[0] == tokenizer.bos_token_id
 
 
+@pytest.mark.parametrize(("sep", "kept"), [(None, False), ("to", False), ("<unk>", True), ("<s>", False)])
+def test_an_eos_that_the_tokenizer_appends_is_dropped(sep: str | None, kept: bool) -> None:
+    """The answer follows the prompt; not where it separates, as in masked language models, nor where the text has it."""
+    tokenizer = whole_words()
+    tokenizer.eos_token, tokenizer.sep_token = "<unk>", sep
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <unk>", special_tokens=[("<s>", 1), ("<unk>", 0)]
+    )
+    assert prompt_ids(tokenizer, "gave to") == (1, 5, 2, 0)[: 4 if kept else 3]
+    assert prompt_ids(tokenizer, "gave to <unk>") == (1, 5, 2, 0, 0)
+
+
+def test_the_only_token_of_a_prompt_stays_where_bos_is_also_eos() -> None:
+    tokenizer = beginning(whole_words())
+    tokenizer.eos_token = tokenizer.bos_token
+    assert prompt_ids(tokenizer, "") == (1,)
+    assert prompt_ids(tokenizer, "gave") == (1, 5)
+
+
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("prepends", [True, False])
 def test_a_model_gives_the_ids_of_its_own_text_call(bridge: Small, adds: bool, prepends: bool) -> None:
@@ -248,6 +267,10 @@ def test_padding_that_is_also_bos() -> None:
             fp.Pairs.from_tokens([ids], [ids], **answers, tokenizer=tokenizer)
     (pair,) = fp.Pairs.from_tokens([[bos, 5, 6]], [[bos, 5, 9]], **answers, tokenizer=tokenizer)
     assert pair.clean == (bos, 5, 6)
+    clean, corrupted = ([[bos, 5, last], [4, 5, last], [3, 5, last]] for last in (6, 9))
+    with pytest.raises(fp.FeatpatchError, match=r"2 of 6 rows of token ids begin with 1, .* BOS in all rows or in none"):
+        fp.Pairs.from_tokens(clean, corrupted, [[7]] * 3, [[8]] * 3, tokenizer=tokenizer)
+    assert len(fp.Pairs.from_tokens(clean[1:], corrupted[1:], [[7]] * 2, [[8]] * 2, tokenizer=tokenizer)) == 2
 
 
 def small_gpt2(tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -369,9 +392,23 @@ def test_spans_from_text(demo: Demo) -> None:
         corrupted=[text.format("Mary")],
         correct=["Mary"],
         wrong=["John"],
-        labels=[{"people": {"span": "Mary and John"}, "same": {"span": (5, 18)}, "store": "the store"}],
+        labels=[
+            {
+                "people": {"span": "Mary and John"},
+                "same": {"span": (5, 18)},
+                "store": "the store",
+                "first": (0, 4),
+                "whole": {"span": (0, len(text.format("John")))},
+            }
+        ],
     )
-    assert pairs[0].labels == {"people": (2, 3, 4), "same": (2, 3, 4), "store": 8}
+    assert pairs[0].labels == {
+        "people": (2, 3, 4),
+        "same": (2, 3, 4),
+        "store": 8,
+        "first": 1,
+        "whole": tuple(range(1, len(pairs[0]))),
+    }
     words = [demo.model.tokenizer.decode([pairs[0].clean[p]]) for p in pairs[0].positions("people")]
     assert words == ["Mary", "and", "John"]
     noise = fp.Noise(["people"], scale=1.0)
@@ -461,6 +498,12 @@ def test_positions_of_numpy_and_lists() -> None:
         ({"span": "Paul"}, "label 'x': 'Paul' is not in"),
         ({"text": "Mary"}, "label 'x': .* is not a valid label"),
         ({"span": 3}, "label 'x': 3 is not a valid label"),
+        ({}, "label 'x': {} is not a valid label"),
+        ([-1, 4], r"label 'x': the characters \[-1, 4\] are outside .* expected 0 <= start < end <= 20"),
+        ([0, 21], "are outside .* or empty"),
+        ([4, 4], "are outside .* or empty"),
+        ([4, 2], "are outside .* or empty"),
+        ({"span": "to", "at": 3}, "label 'x': {'span': 'to', 'at': 3} is not a valid label"),
         ([3, 4, 5], r"label 'x': \[3, 4, 5\] is not a valid label: .*, or a range of token positions"),
         (range(0), r"label 'x' is at \(\): expected an integer position or a tuple"),
         (range(3, 99), "label 'x' is at position"),

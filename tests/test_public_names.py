@@ -47,6 +47,15 @@ def test_one_default() -> None:
     assert wrong == {}
 
 
+def test_methods_show_a_bar_by_default_as_functions_do() -> None:
+    classes = [value for name in fp.__all__ if inspect.isclass(value := getattr(fp, name))]
+    methods = [method for each in classes for _, method in inspect.getmembers(each, inspect.isfunction)]
+    shown = [inspect.signature(f).parameters["progress"] for f in (*FUNCTIONS.values(), *methods)
+             if "progress" in inspect.signature(f).parameters]  # fmt: skip
+    assert len(shown) > 20
+    assert {parameter.default for parameter in shown} == {True}
+
+
 def test_what_comes_first() -> None:
     """What can be left out is named in the call; what can't is in one order."""
     wrong = {}

@@ -27,9 +27,9 @@ def rotated(frozen: Frozen, x: torch.Tensor, at: int) -> torch.Tensor:
     else:
         return x
     half, out = len(cos) // 2, x.clone()
-    for i in range(half):
-        a, b = x[i], x[i + half]
-        out[i], out[i + half] = a * cos[i] - b * sin[i], b * cos[i] + a * sin[i]
+    adjacent = getattr(frozen.model.cfg, "rotary_adjacent_pairs", False)
+    for i, j in [(2 * n, 2 * n + 1) if adjacent else (n, n + half) for n in range(half)]:
+        out[i], out[j] = x[i] * cos[i] - x[j] * sin[i], x[j] * cos[i] + x[i] * sin[i]
     return out
 
 

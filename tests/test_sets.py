@@ -79,6 +79,9 @@ def test_all_features_of_the_curve_are_all_features(small: Small) -> None:
     curve = fp.top_k_curve(small.model, small.at(SITE), pairs_of(small), positions=[3, 6], most=99, progress=False)
     table = curve.table()
     for position in (3, 6):
+        sizes = table[table["position"] == position]["k"].tolist()
+        assert sizes == [*[k for k in (*range(1, 13), 14, 16, 18, 21) if k < sizes[-1]], sizes[-1]]
+        assert sizes[-1] > 14
         end = table[table["position"] == position].iloc[-1]
         single = curve.single.where(kind="all_features", position=position)
         assert end["k"] == len(curve.features[end["sae"], position])

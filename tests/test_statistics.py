@@ -234,6 +234,16 @@ def test_p_values_by_hand(tiny: fp.Effects) -> None:
     assert np.isnan(made([[0.0, 0.0], [1.0, 1.0]], [1.0, 1.0]).p_values("recovery")[0])
 
 
+@pytest.mark.parametrize("pairs", [2, 13, 14])
+def test_signs_of_more_than_13_pairs_are_drawn(pairs: int) -> None:
+    """Of changes with the same sign, 2 of 2^n signs are as far from 0; drawn, p is a number of the 99,999 draws and one."""
+    (p,) = made(np.ones((1, pairs)), np.ones(pairs)).p_values("recovery")
+    draws = p * (significance.MORE_FLIPS + 1)
+    assert (p == 2 / 2**pairs) == (pairs < 14)
+    assert (draws == pytest.approx(round(draws), abs=1e-9)) == (pairs in (2, 14))
+    assert p == pytest.approx(2 / 2**pairs, rel=0.9)
+
+
 def test_rare_rows_are_drawn_more_often() -> None:
     """60 pairs with the same sign are never seen again: p is one in all draws, of the second and larger number of draws."""
     changes = np.abs(np.random.default_rng(4).normal(1, 0.1, (2, 60)))

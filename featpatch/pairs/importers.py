@@ -120,12 +120,14 @@ def _numbers(column: str, cell: str, task: tuple[str, ...]) -> list[int]:
         FeatpatchError: the cell does not have the expected format.
     """
     expected = (
-        "a token id or a list of them, e.g. 12 or [12, 34]" if task != YEAR else "the last two digits of a year, e.g. 52 or 4"
+        "a token id or a list of them, e.g. 12 or [12, 34]"
+        if task != YEAR
+        else "the last two digits of a year, 0 to 98, e.g. 52 or 4"
     )
     with errors_about(column):
         value = parsed(cell, expected)
     numbers = value if isinstance(value, list) and task != YEAR else [value]
-    if not numbers or not all(type(number) is int and number >= 0 for number in numbers) or (task == YEAR and numbers[0] > 99):
+    if not numbers or not all(type(number) is int and number >= 0 for number in numbers) or (task == YEAR and numbers[0] > 98):
         raise FeatpatchError(f"{column} is {cell!r}: expected {expected}")
     return numbers
 

@@ -123,7 +123,7 @@ def pca(model: Any, hook: str, pairs: Pairs, *, components: int | None = None) -
     mean = wide.mean(0)
     _, directions = torch.linalg.eigh((wide - mean).T @ (wide - mean))
     count = len(mean) if components is None else components
-    if not 1 <= count <= len(mean):
+    if count > len(mean):
         raise FeatpatchError(f"components={components}: expected 1 to {len(mean)}, the width of {hook!r}")
     into = directions.flip(1)[:, :count].to(x)
     coder = _Affine(mean.to(x), into, into.T, mean.to(x))

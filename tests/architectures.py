@@ -16,6 +16,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GptOssConfig,
@@ -126,6 +128,8 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "olmoe": lambda: bridge(OlmoeForCausalLM(OlmoeConfig(**LLAMA, **EXPERTS, num_experts=4))),
     "qwen3 moe": lambda: bridge(
         Qwen3MoeForCausalLM(Qwen3MoeConfig(**LLAMA, **EXPERTS, head_dim=D_HEAD, num_experts=4, moe_intermediate_size=8))),
+    "gptj": lambda: bridge(
+        GPTJForCausalLM(GPTJConfig(vocab_size=VOCAB, n_positions=32, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, rotary_dim=2))),
     "gpt-oss": lambda: bridge(GptOssForCausalLM(GptOssConfig(**LLAMA, **EXPERTS, head_dim=D_HEAD, num_local_experts=4))),
 }  # fmt: skip
 

@@ -224,10 +224,15 @@ def test_the_self_check_sees_the_keys_and_values_of_the_base_run(monkeypatch: py
 @pytest.mark.filterwarnings("ignore::featpatch.SlowPathWarning")
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_without_a_fast_path(name: str) -> None:
-    """Experts, and norms behind attention and MLP alone."""
+    """Experts, norms behind attention and MLP alone, and rotary embeddings without hook points."""
     model = OTHERS[name]()
     oracle._activations.cache_clear()
     check_entries(model, dictionaries(model, diagonal=True), 1e-12, 12)
+
+
+def test_rotary_embeddings_without_hook_points_are_named() -> None:
+    with pytest.raises(UnsupportedError, match="^rotary embeddings without hook points$"):
+        wrap(OTHERS["gptj"]()).stack(3, 7)
 
 
 @pytest.mark.usefixtures("wide")

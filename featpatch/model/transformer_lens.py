@@ -172,6 +172,8 @@ class BridgeLens(Lens):
         The weights are those of the bridge's layers; rotations are read at their hook points, as Hugging Face computes them.
         """
         hooks = [hook for layer in range(self.n_layers) for hook in sites.rotary(layer) if hook in self.hook_points]
+        if not hooks and self.model.cfg.positional_embedding_type == "rotary":
+            raise UnsupportedError("rotary embeddings without hook points")
         turns, short = ({}, {}) if not hooks else (self._rotations(hooks, longest), self._rotations(hooks, shortest))
         if not all(torch.equal(turns[hook][:, :shortest], short[hook]) for hook in hooks):
             raise UnsupportedError("rotary embeddings that depend on the length of the prompt")

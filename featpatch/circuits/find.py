@@ -41,7 +41,7 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import TOGETHER, Node, Patch, joint
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.patches import check_apart
+from featpatch.patching.summed import check_apart
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import check_nodes
 

@@ -29,7 +29,7 @@ What happens between `fp.rank_features` and a number, in the order of the formul
    (effects/values.py) and derives recovery, degradation and intervals (effects/measured.py) and quadrants.
 
 Other nodes to patch are another `Part` of such a study: components (components.py), paths (paths.py), sets of features
-(sets.py), random controls (controls.py), and named nodes, alone or together (joint.py, patches.py). Other values to patch in
+(sets.py), random controls (controls.py), and named nodes, alone or together (joint.py, summed.py). Other values to patch in
 are chosen by a `Contrast` (runs.py), such as an `Ablation` (ablation.py) with ablation values (ablation_values.py). Embeddings
 with `Noise` (noise.py) are another corrupted run. Metrics of answers of several tokens have several readings (runs.py). `do`
 (do.py) works without a study: it makes the changes of `Chosen` nodes (chosen.py) in every call of the model.

@@ -30,9 +30,9 @@ from featpatch.patching.chosen import Chosen, check_settable, choose
 from featpatch.patching.components import HeadPart, WholePart, neuron_part
 from featpatch.patching.do import keeping
 from featpatch.patching.features import FeaturePart, OnlyPart
-from featpatch.patching.patches import PatchesPart, check_apart
 from featpatch.patching.runs import Contrast, PairRuns, Run
 from featpatch.patching.study import Options, Study
+from featpatch.patching.summed import SummedPart, check_apart
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import CODED, check_nodes
@@ -238,7 +238,7 @@ def node_study(
             joints: list[Part] = [JointPart(lens, some, found, name) for name, some in patches.items() if name not in at_once]
             if at_once:
                 members = _parts(lens, tuple(dict.fromkeys(node for some in at_once.values() for node in some)), found, "add")
-                joints.append(PatchesPart(members, at_once, "add"))
+                joints.append(SummedPart(members, at_once, "add"))
         else:
             members = _parts(lens, every, found, combine)
             check_apart(patches, found, pairs)
@@ -248,7 +248,7 @@ def node_study(
                     f"combine='set' with {str(inside)!r}: expected hook points of the residual stream and of what is added to "
                     "it; use combine='add', or leave combine out"
                 )
-            joints = [PatchesPart(members, patches, combine)]
+            joints = [SummedPart(members, patches, combine)]
             about["combine"] = combine
         try:
             _check_parts(joints, pairs)

@@ -23,7 +23,7 @@ from featpatch.sites import layer_of
 
 
 @dataclass(frozen=True, eq=False)
-class PatchesPart(Part):
+class SummedPart(Part):
     """Patches of several nodes each, at any hook points.
 
     Attributes:

@@ -593,7 +593,11 @@ def rewrite(file: Path, **tensors: torch.Tensor | None) -> None:
         (lambda clt: rewrite(clt / "W_enc_1.safetensors", b_enc_1=random(4)), r"b_enc has the shapes \[\[5\], \[4\], \[5\]\]"),
         (lambda clt: rewrite(clt / "W_enc_1.safetensors", W_enc_1=random(4, WIDTH)), r"/clt': W_enc\[1\] is \[4, 16\]"),
         (lambda clt: rewrite(clt / "W_dec_1.safetensors", W_dec_1=random(FEATURES, 3, OUT)), r"W_dec\[1\] is \[5, 3, 12\]"),
-        (lambda clt: rewrite(clt / "W_dec_0.safetensors", W_dec_0=torch.zeros(FEATURES, 3, OUT, dtype=torch.int8)), "int8"),
+        (lambda clt: rewrite(clt / "W_dec_0.safetensors", W_dec_0=torch.zeros(FEATURES, 3, OUT, dtype=torch.int8)), "dtype I8"),
+        (
+            lambda clt: rewrite(clt / "W_enc_0.safetensors", b_dec_0=torch.ones(OUT, dtype=torch.int64)),
+            "b_dec_0 has the dtype I64",
+        ),
         (
             lambda clt: rewrite(clt / "W_enc_0.safetensors", W_enc_0=random(FEATURES, WIDTH) * torch.inf),
             "W_enc_0.safetensors': .* values of W_enc_0 are NaN or infinite",

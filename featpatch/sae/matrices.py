@@ -57,7 +57,7 @@ def stored(path: Path, wanted: Collection[str], optional: Collection[str] = ()) 
     """Find all tensors in a file, by name, without reading them.
 
     Raises:
-        FeatpatchError: the file is damaged, lacks one of the wanted tensors, or has one that is not known.
+        FeatpatchError: the file is damaged, lacks one of the wanted tensors, or has one that is not known or holds integers.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -71,7 +71,10 @@ def stored(path: Path, wanted: Collection[str], optional: Collection[str] = ()) 
             f"{str(path)!r} holds {', '.join(sorted(names))}: expected {', '.join(wanted)}"
             f"{f' and perhaps {chr(44).join(optional)}' if optional else ''}, and nothing else"
         )
-    return {name: Stored(path, name, shape, DTYPES.get(dtype, torch.int8)) for name, (shape, dtype) in found.items()}
+    for name, (_, dtype) in found.items():
+        if dtype not in DTYPES:
+            raise FeatpatchError(f"{str(path)!r}: {name} has the dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    return {name: Stored(path, name, shape, DTYPES[dtype]) for name, (shape, dtype) in found.items()}
 
 
 def _unreadable(path: Path, error: Exception) -> FeatpatchError:

@@ -481,11 +481,11 @@ def test_auto_circuit(words: Any, tmp_path: Path) -> None:
         expected(words, wrong=wrong[1:], labels={"A": 4, "B": 1}),
     ]
     content = {
-        "prompts": [{"clean": [20, 21], "corrupt": [20, 22], "answers": [5, 4], "wrong_answers": [6, 7]}],
+        "prompts": [{"clean": [20, 21], "corrupt": [20, 22], "answers": [5, 0], "wrong_answers": [6, 7]}],
         "word_idxs": {"A": 1},
     }
     (pair,) = fp.Pairs.from_auto_circuit(words, lines(tmp_path / "p.json", content))
-    assert pair == fp.Pair((20, 21), (20, 22), (5, 4), (6, 7), labels={"A": 1})
+    assert pair == fp.Pair((20, 21), (20, 22), (5, 0), (6, 7), labels={"A": 1})
 
 
 @pytest.mark.parametrize(

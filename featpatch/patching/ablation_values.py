@@ -146,8 +146,7 @@ class Mean:
 
     def add(self, values: torch.Tensor) -> None:
         """Add values `[n, ...]`."""
-        total = values.to(torch.promote_types(values.dtype, torch.float32)).sum(0)
-        self.total = total if self.count == 0 else self.total + total
+        self.total = self.total + values.to(torch.promote_types(values.dtype, torch.float32)).sum(0)
         self.count += len(values)
 
     def value(self) -> torch.Tensor:

@@ -167,6 +167,8 @@ def test_an_eos_that_the_tokenizer_appends_is_dropped(sep: str | None, kept: boo
     )
     assert prompt_ids(tokenizer, "gave to") == (1, 5, 2, 0)[: 4 if kept else 3]
     assert prompt_ids(tokenizer, "gave to <unk>") == (1, 5, 2, 0, 0)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A <unk>", special_tokens=[("<unk>", 0)])
+    assert prompt_ids(tokenizer, "gave") == (5, 0)[: 2 if kept else 1]
 
 
 def test_the_only_token_of_a_prompt_stays_where_bos_is_also_eos() -> None:

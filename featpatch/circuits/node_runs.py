@@ -19,10 +19,9 @@ from jaxtyping import Bool
 from featpatch import sites
 from featpatch.circuits.graph import Graph
 from featpatch.errors import FeatpatchError
-from featpatch.model.lens import Edit, added
+from featpatch.model.lens import Edit, added, keeping
 from featpatch.nodes import Node
 from featpatch.patching.ablation_values import Everywhere
-from featpatch.patching.do import keeping
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary
 from featpatch.sae.nodes import names_of
@@ -89,7 +88,7 @@ class NodeRuns(Graph):
 
     @cached_property
     def members(self) -> list[tuple[int, Node]]:
-        """All nodes, each with the index of the item that it is or belongs to."""
+        """The nodes of all items, each with the index of its item."""
         return [(number, node) for number, item in enumerate(self.items) for node in self.groups.get(item, (item,))]
 
     def members_of(self, item: Node) -> tuple[Node, ...]:

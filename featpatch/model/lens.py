@@ -36,6 +36,11 @@ def copying(key: Any, into: dict[Any, torch.Tensor]) -> Edit:
     return lambda activation: into.update({key: activation.detach().clone()})
 
 
+def keeping(key: Any, into: dict[Any, torch.Tensor]) -> Edit:
+    """Return an edit that stores the activation itself under a key, with its gradient, and leaves it as it is."""
+    return lambda activation: into.update({key: activation})
+
+
 ROWS = 4096
 """Maximum number of positions that go through one layer together."""
 

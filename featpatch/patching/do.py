@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from featpatch.errors import FeatpatchError, check_kinds, counted, errors_about
 from featpatch.model.cached import cached
-from featpatch.model.lens import Fired, Lens
+from featpatch.model.lens import Fired, Lens, keeping
 from featpatch.model.transformer_lens import ActivationCache, wrap
 from featpatch.nodes import Node, Patch
 from featpatch.pairs.pair import Pair, token_index
@@ -237,11 +237,6 @@ def _shown(
 
 ChangeOf = Callable[[torch.Tensor], torch.Tensor]
 """A function from the current activation at the source's positions to its change, flat `[batch or 1, pos, d]`."""
-
-
-def keeping(hook: str, live: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
-    """Return a function that stores the activation at a hook point under its name and leaves it unchanged."""
-    return lambda activation: live.update({hook: activation})
 
 
 def _adding(delta: torch.Tensor) -> ChangeOf:

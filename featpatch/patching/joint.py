@@ -20,7 +20,7 @@ from featpatch import sites
 from featpatch.components import ARROW, OF_HEADS
 from featpatch.engine.patches import Deltas
 from featpatch.errors import FeatpatchError, check_choices, each
-from featpatch.model.lens import Edit, Lens, added
+from featpatch.model.lens import Edit, Lens, added, keeping
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Combine, Direction, Node, Patch, Position, joint
 from featpatch.pairs.pair import Pair, spans_of
@@ -28,7 +28,6 @@ from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import Part, Swap
 from featpatch.patching.chosen import Chosen, check_settable, choose
 from featpatch.patching.components import HeadPart, WholePart, neuron_part
-from featpatch.patching.do import keeping
 from featpatch.patching.features import FeaturePart, OnlyPart
 from featpatch.patching.runs import Contrast, PairRuns, Run
 from featpatch.patching.study import Options, Study

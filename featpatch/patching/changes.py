@@ -95,10 +95,7 @@ class Difference:
 
     def count(self, wanted: Wanted) -> int:
         """Return the number of features that differ at each of some requested positions, in total."""
-        alone = [span[0] for span in wanted.values() if len(span) == 1]
-        several = [self.feature[self.at(span)].unique() for span in wanted.values() if len(span) != 1]
-        once = sum(int((self.position == position).sum()) for position in alone)
-        return once + sum(map(len, several))
+        return sum(len(self.feature[self.at(span)].unique()) for span in wanted.values())
 
     def deltas(self, entries: torch.Tensor, patch: torch.Tensor, patches: int) -> dict[Direction, Deltas]:
         """Return the deltas that some entries make, except those that add nothing because their direction is zero.

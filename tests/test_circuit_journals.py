@@ -131,7 +131,7 @@ def test_what_ctrl_c_says(passes: list[Any], tmp_path: Path) -> None:
         ("exact", "the exact scores are not finished"),
         ("acdc", "the first step of the search is not finished"),
     ):
-        for journal, more in ((None, "pass journal='circuit.journal'"), (tmp_path / name, "resumes from there")):
+        for journal, more in ((None, "pass journal='work.journal'"), (tmp_path / name, "resumes from there")):
             calls = [0]
 
             def stop(calls: list[int] = calls) -> None:

@@ -1,5 +1,8 @@
 """An attribution graph beside the model, against plain hooked forward passes, in float64."""
 
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ from architectures import BRIDGES, HOOKED, LAYERS
 from test_graphs import cross_layer, prompt, reads, transcoders
 
 import featpatch as fp
+from featpatch.patching.study import Study
 
 EXACT = 1e-9
 EVERY = {"bridge": BRIDGES, "hooked": HOOKED}
@@ -131,6 +135,32 @@ def test_tables_and_errors() -> None:
         fp.graph_effects(demo.model, demo.transcoders, graph, pair=demo.pairs("capitals", n=2)[1], progress=False)
     with pytest.raises(fp.FeatpatchError, match="pass the graph's transcoders"):
         fp.graph_effects(demo.model, demo.clt, graph, progress=False)
+
+
+@pytest.mark.parametrize("half", ["ablations", "swaps"])
+def test_an_interrupted_call_resumes(half: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = EVERY["bridge"]["gpt2"]()
+    given, tokens = transcoders(model), prompt(5)[0].tolist()
+    graph = fp.attribution_graph(model, given, tokens, progress=False).prune(0.97, 0.999)
+    pair = fp.Pair(tuple(tokens), (*tokens[:2], (tokens[2] + 5) % 30, *tokens[3:]), (3,), ())
+    call = partial(fp.graph_effects, model, given, graph, pair=pair, progress=False)
+    whole, swept = call(), Study._swept
+
+    def stops(study: Study, *args: Any, **options: Any) -> fp.Effects:
+        found = swept(study, *args, **options)
+        mine = ("ablation" in study.metadata) == (half == "ablations")
+        return replace(found.of_pairs([0]), metadata={**found.metadata, "finished": not mine})
+
+    monkeypatch.setattr(Study, "_swept", stops)
+    with pytest.raises(KeyboardInterrupt, match="pass journal='work.journal'"):
+        call()
+    with pytest.raises(KeyboardInterrupt, match="resumes from there"):
+        call(journal=tmp_path / "journal")
+    monkeypatch.setattr(Study, "_swept", swept)
+    again = call(journal=tmp_path / "journal")
+    assert np.array_equal(again.exact, whole.exact)
+    assert np.array_equal(again.swapped, whole.swapped)
+    assert {path.name for path in tmp_path.iterdir()} == {"journal", "journal.swapped"}
 
 
 def test_graphs_of_other_models_and_transcoders() -> None:

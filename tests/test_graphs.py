@@ -19,8 +19,10 @@ from sae_lens import (
 )
 from small import at, randomised
 from test_diagram import format_of_circuit_tracer
+from tqdm import tqdm
 
 import featpatch as fp
+from featpatch.tracing.frozen import FrozenPath
 
 EXACT = 1e-10
 FEATURES = 6
@@ -361,6 +363,52 @@ def test_size_keeps_the_most_influential_features(monkeypatch: pytest.MonkeyPatc
     assert abs(small.residual()).max() < EXACT
     assert abs(small.others[small.targets]).max() > 0.1
     assert small.left_out == features - 10
+
+
+@pytest.mark.usefixtures("wide")
+def test_after_ctrl_c_it_is_the_graph_of_the_features_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featpatch.tracing.graph.CHOSEN", 4)
+    model, of_batch, calls = HOOKED["gpt2"](), FrozenPath._batch, []
+    given, tokens = transcoders(model), prompt()[0].tolist()
+    whole = fp.attribution_graph(model, given, tokens, targets=[3, 7], progress=False)
+    assert whole.finished
+
+    def interrupted(*args: Any) -> Any:
+        if len(calls) == 1 + 2 * 4 + 2:  # the logits, then two steps of 4 features and half of the third
+            raise KeyboardInterrupt
+        calls.append(args)
+        return of_batch(*args)
+
+    monkeypatch.setattr("featpatch.tracing.frozen.VALUES", 1)  # a target at a time, but for targets of the same layer
+    monkeypatch.setattr(FrozenPath, "_batch", interrupted)
+    stopped = fp.attribution_graph(model, given, tokens, targets=[3], progress=False)
+    monkeypatch.setattr(FrozenPath, "_batch", of_batch)
+    sized = fp.attribution_graph(model, given, tokens, targets=[3], size=8, progress=False)
+    assert (stopped.finished, sized.finished) == (False, True)
+    assert stopped.nodes == sized.nodes
+    assert np.array_equal(stopped.adjacency, sized.adjacency)
+    assert stopped.left_out == sized.left_out == whole.kinds.features - 8
+    assert repr(stopped).endswith("; interrupted")
+    assert not repr(sized).endswith("; interrupted")
+    calls[:] = [()] * 9
+    monkeypatch.setattr(FrozenPath, "_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fp.attribution_graph(model, given, tokens, targets=[3], progress=False)
+
+
+def test_the_progress_bar_moves_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def update(self, n: float | None = 1) -> bool | None:
+            moved.append(n)
+            return super().update(n)
+
+    monkeypatch.setattr("featpatch.tracing.graph.tqdm", Bar)
+    monkeypatch.setattr("featpatch.tracing.frozen.VALUES", 1)
+    model = HOOKED["gpt2"]()
+    graph = fp.attribution_graph(model, transcoders(model), prompt()[0].tolist(), targets=[3, 7], progress=False)
+    assert moved == [1] * graph.kinds.features
 
 
 def test_targets_and_special_tokens(demo: Any) -> None:

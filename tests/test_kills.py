@@ -78,20 +78,12 @@ def circuits(folder: Path) -> list[Any]:
 
 
 def graphs(folder: Path) -> list[Any]:
-    """The exact effects of a graph's nodes, as `fp.graph_effects` measures them."""
-    nodes = [node for node in graph().nodes if node.kind in ("feature", "error")]
-    prompt = fp.Pairs((fp.Pair(graph().prompt, graph().prompt, (3,), (7,)),))
-    found = fp.rank_nodes(
-        small().model,
-        prompt,
-        nodes,
-        saes=given(),
-        to="zero",
-        together=False,
-        journal=folder / "journal",
-        **{**ROWS, "batch_rows": 6},
-    )
-    return table(found)
+    """The exact effects of a graph's nodes, by ablation and by swaps, in two journals."""
+    pair = fp.Pair(graph().prompt, tuple(small().corrupted[0].tolist()), (3,), (7,))
+    found = fp.graph_effects(
+        small().model, given(), graph(), pair=pair, edges=2, journal=folder / "journal", progress=False
+    )  # fmt: skip
+    return [found.nodes, found.exact.tobytes(), found.swapped.tobytes(), found.edges]
 
 
 def groups(folder: Path) -> list[Any]:
@@ -128,6 +120,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Journal, "put", noted)
     monkeypatch.setattr("featpatch.circuits.graph.TOKENS_AT_ONCE", 100)
+    monkeypatch.setattr("featpatch.patching.study.row_budget", lambda *args: 6)
     return keys
 
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from featpatch.circuits.attribution import STEPPED, Scores
 from featpatch.circuits.curve import ranking
 from featpatch.circuits.graph import Graph
+from featpatch.engine.journal import to_resume
 from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers, is_finite
 from featpatch.nodes import LOGITS, Edge, Node
 
@@ -196,10 +197,3 @@ def run(search: Search, journal: str | Path | None) -> tuple[list[int], bool]:
             raise KeyboardInterrupt(f"the first step of the search is not finished; {to_resume(journal)}") from interrupt
         return found, False
     return found, True
-
-
-def to_resume(journal: str | Path | None) -> str:
-    """Return a sentence on how to resume an interrupted search."""
-    if journal is None:
-        return "pass journal='circuit.journal' to keep what is measured and to resume from there"
-    return f"the journal {str(journal)!r} has what is measured: the same call with it resumes from there"

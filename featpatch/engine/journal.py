@@ -187,6 +187,13 @@ def batch_key(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
 
 
+def to_resume(path: str | Path | None) -> str:
+    """Return a sentence on how to resume interrupted work with a journal, or without one."""
+    if path is None:
+        return "pass journal='work.journal' to keep what is measured and to resume from there"
+    return f"the journal {str(path)!r} has what is measured: the same call with it resumes from there"
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """Turn an OSError in this context into a FeatpatchError that says what to do."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -13,6 +14,7 @@ from scipy.stats import rankdata, spearmanr
 from featpatch import sites
 from featpatch.effects.audit import Array
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, decimal
+from featpatch.files import as_path
 from featpatch.frame import Frame
 from featpatch.model.lens import Lens
 from featpatch.model.projections import rounding
@@ -20,7 +22,7 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs
-from featpatch.ranking.nodes import rank_nodes
+from featpatch.ranking.nodes import complete, rank_nodes
 from featpatch.sae.dictionary import Dictionary, dictionaries
 from featpatch.tracing.prompt import prompt_of
 from featpatch.tracing.result import AttributionGraph
@@ -149,7 +151,14 @@ def _spearman(one: Array, other: Array) -> float:
 
 @torch.no_grad()
 def graph_effects(
-    model: Any, transcoders: Any, graph: AttributionGraph, *, pair: Pair | None = None, edges: int = 20, progress: bool = True
+    model: Any,
+    transcoders: Any,
+    graph: AttributionGraph,
+    *,
+    pair: Pair | None = None,
+    edges: int = 20,
+    journal: str | Path | None = None,
+    progress: bool = True,
 ) -> GraphEffects:
     """Measure by ablation what the nodes and the strongest edges of an attribution graph do in the model itself.
 
@@ -162,6 +171,8 @@ def graph_effects(
         graph: an attribution graph, pruned first because every node is a run.
         pair: a pair whose clean prompt is that of the graph; each node is then also given its value in the corrupted prompt.
         edges: the number of edges between features, the largest first.
+        journal: a file to which finished ablations are written, and from which an interrupted call resumes; the values of the
+            corrupted prompt are written to a second file, with `.swapped` at the end of its name.
         progress: whether to show a progress bar.
 
     Returns:
@@ -170,6 +181,7 @@ def graph_effects(
     Raises:
         FeatpatchError: the graph has no features and errors, is of another model or other transcoders, or the pair has
             another prompt or a corrupted one of another length.
+        KeyboardInterrupt: after Ctrl-C; with a journal, the same call resumes.
 
     Examples:
         >>> graph = fp.attribution_graph(model, demo.transcoders, pairs[0], progress=False).prune(nodes=0.5)
@@ -205,14 +217,13 @@ def graph_effects(
         return (logits[:, tokens] - logits.mean(-1, keepdim=True)) @ weights.to(logits)
 
     prompt = Pairs((Pair(graph.prompt, graph.prompt, tuple(tokens), ()),))
-    effects = rank_nodes(
-        model, prompt, list(nodes), saes=transcoders, to="zero", metric=supported, together=False, progress=progress
-    )
+    options: dict[str, Any] = {"saes": transcoders, "metric": supported, "together": False, "progress": progress}
+    effects = complete(rank_nodes(model, prompt, list(nodes), to="zero", journal=journal, **options), journal)
     exact, swapped = effects.pooled("degradation"), None
     if pair is not None:
         both = Pairs((Pair(graph.prompt, pair.corrupted, tuple(tokens), ()),))
-        options: dict[str, Any] = {"saes": transcoders, "metric": supported, "together": False, "progress": progress}
-        swaps = rank_nodes(model, both, list(nodes), directions=["noising"], **options)
+        second = None if journal is None else f"{as_path(journal)}.swapped"
+        swaps = complete(rank_nodes(model, both, list(nodes), directions=["noising"], journal=second, **options), journal)
         swapped = swaps.changes("degradation").toarray()[:, 0]
     names = tuple(graph.name(n) for n in kept)
     found = _edges(runs, edges)

@@ -28,7 +28,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import DIRECTIONS, Combine, Direction, Effect, Node, Patch
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.ranking.nodes import rank_nodes
+from featpatch.ranking.nodes import complete, rank_nodes
 from featpatch.ranking.similarity import (
     activation_profiles,
     attribution_profiles,
@@ -257,7 +257,7 @@ def group_features(
                 measured = nodes if isinstance(nodes, Effects) else None
                 if measured is None:
                     measured = rank_nodes(model, pairs, features, saes=saes, combine=combine, together=False, **options)
-                profiles = effect_profiles(_complete(measured, journal), features)
+                profiles = effect_profiles(complete(measured, journal), features)
             keys = clusters(cosines(profiles), least=LEAST if least is None else least, count=size)
         alike: dict[Any, list[Node]] = defaultdict(list)
         for key, node in zip(keys, features, strict=True):
@@ -266,7 +266,7 @@ def group_features(
     patches = [Patch(tuple(some), name) for name, some in groups.items()]
     members = list(dict.fromkeys(node for patch in patches for node in patch.nodes))
     asked = [*members, *patches]
-    table = _complete(rank_nodes(model, pairs, asked, saes=saes, combine=combine, journal=journal, **options), journal)
+    table = complete(rank_nodes(model, pairs, asked, saes=saes, combine=combine, journal=journal, **options), journal)
     sizes = np.abs(table.pooled(table.directions_run()[0]))[len(members) :]
     order = np.argsort(-sizes, kind="stable")
     effects = replace(table.take(np.append(np.arange(len(members)), len(members) + order)), taken_from=None)
@@ -319,21 +319,6 @@ def _features(lens: Lens, nodes: Any, found: Sequence[Dictionary]) -> list[Node]
             "own, such as nodes={'name': [...]}"
         )
     return [with_owner(lens, node, found)[0] for node in features]
-
-
-def _complete(effects: Effects, journal: str | Path | None) -> Effects:
-    """Return a table that is finished.
-
-    Raises:
-        KeyboardInterrupt: it is not, after Ctrl-C.
-        FeatpatchError: the table that was given has missing values.
-    """
-    if not effects.finished:
-        saved = (
-            "pass journal=... to keep what is measured" if journal is None else f"the same call resumes from {str(journal)!r}"
-        )
-        raise KeyboardInterrupt(f"the effects are not complete; {saved}")
-    return effects
 
 
 def _bare(node: Node) -> Node:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from featpatch.effects.table import Effects
+from featpatch.engine.journal import to_resume
 from featpatch.errors import FeatpatchError
 from featpatch.metrics import Metrics
 from featpatch.model.transformer_lens import wrap
@@ -108,6 +109,17 @@ def rank_nodes(
     study, rows = node_study(model, saes, pairs, nodes, options, contrast, together=together)
     effects = study.run(journal, progress=progress, executor=executor)
     return _with_rows(effects, rows) if effects.finished else effects
+
+
+def complete(effects: Effects, journal: str | Path | None) -> Effects:
+    """Return a table that is finished.
+
+    Raises:
+        KeyboardInterrupt: it is not, after Ctrl-C.
+    """
+    if not effects.finished:
+        raise KeyboardInterrupt(f"the effects are not complete; {to_resume(journal)}")
+    return effects
 
 
 def _with_rows(effects: Effects, nodes: tuple[Node, ...]) -> Effects:

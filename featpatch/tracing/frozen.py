@@ -225,9 +225,13 @@ class FrozenPath:
 
     @torch.no_grad()
     def contributions(
-        self, targets: Targets, written: Sequence[Written], skips: Sequence[Skip], columns: int
+        self, targets: Targets, written: Sequence[Written], skips: Sequence[Skip], columns: int, done: Callable[[int], object]
     ) -> tuple[Float[torch.Tensor, "n columns"], Float[torch.Tensor, " n"]]:
-        """Return the contribution of each column, and of the biases of attention and of norms, to each target."""
+        """Return the contribution of each column, and of the biases of attention and of norms, to each target.
+
+        Args:
+            done: a function that is called with the number of targets of each batch that is finished.
+        """
         size = max(1, VALUES // self.streams[0].numel())
         by_depth: dict[int, list[Written]] = defaultdict(list)
         for each in written:
@@ -238,6 +242,7 @@ class FrozenPath:
         groups = [order[targets.depths[order] == depth] for depth in targets.depths.unique().tolist()]
         for rows in (rows for group in groups for rows in group.split(size)):
             found[rows], constants[rows] = self._batch(targets.at(rows), by_depth, skips, columns)
+            done(len(rows))
         return found, constants
 
     def _batch(

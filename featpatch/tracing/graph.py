@@ -74,11 +74,13 @@ def attribution_graph(
         progress: whether to show a progress bar.
 
     Returns:
-        The graph with all edges; `prune` reduces it to those that matter.
+        The graph with all edges; `prune` reduces it to those that matter. After Ctrl-C it is the graph of the most influential
+        features so far, in steps of 2048, and `finished` is False.
 
     Raises:
         FeatpatchError: the input is unusable, the model's layers do not have the standard form, an object is no transcoder
             of MLPs, or the inputs of nodes do not sum to their values.
+        KeyboardInterrupt: after Ctrl-C in the first step.
 
     Examples:
         >>> graph = fp.attribution_graph(model, demo.transcoders, pairs[0], progress=False)
@@ -101,7 +103,7 @@ def attribution_graph(
     own = int((~made.hidden[: len(found.features)]).sum())
     total = own if size is None else min(size, own)
     with tqdm(total=total, unit="feature", desc="attributing", disable=not progress) as bar:
-        graph = made.graph(size, bar.update)
+        graph = made.graph(total, bar.update)
     known = {_source_set(each) for each in given}
     graph = replace(
         graph,
@@ -182,32 +184,31 @@ class _Builder:
     logits: _Logits
     hidden: torch.Tensor
 
-    def rows(self, targets: Targets, constants: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def rows(
+        self, targets: Targets, constants: torch.Tensor, done: Callable[[int], object] = lambda count: None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the contributions of sources to targets, of biases, and of sources that are not nodes."""
         n = len(self.hidden)
-        found, biases = self.path.contributions(targets, self.found.written, self.found.skips, n + 1)
+        found, biases = self.path.contributions(targets, self.found.written, self.found.skips, n + 1, done)
         others = found[:, :n][:, self.hidden].sum(1)
         rows = found[:, :n].masked_fill(self.hidden, 0)
         return rows, constants + biases + found[:, n], others
 
-    def graph(self, size: int | None, report: Callable[[int], object]) -> AttributionGraph:
-        """Compute the rows of the logits and then of features, the most influential first if there are too many."""
-        known, features, logits = self.found, len(self.found.features), self.logits
-        own = (~self.hidden[:features]).nonzero()[:, 0]
-        limit = len(own) if size is None else min(size, len(own))
+    def graph(self, size: int, done: Callable[[int], object]) -> AttributionGraph:
+        """Compute the rows of the logits and then of `size` features, the most influential first; fewer after Ctrl-C."""
+        known, logits = self.found, self.logits
         parts = [self.rows(logits.targets, logits.constants)]
-        picked = own[:0]
-        while len(picked) < limit:
-            if limit == len(own):
-                some = own
-            else:
-                rows = torch.cat([part[0] for part in parts])
-                some = self._ranked(rows, picked)[: min(CHOSEN, limit - len(picked))]
-            parts.append(self.rows(known.targets.at(some), known.constants[some]))
-            picked = torch.cat([picked, some])
-            report(len(some))
+        picked = torch.arange(0, device=self.hidden.device)
+        try:
+            while len(picked) < size:
+                some = self._ranked(torch.cat([part[0] for part in parts]), picked)[: min(CHOSEN, size - len(picked))]
+                part = self.rows(known.targets.at(some), known.constants[some], done)
+                picked, parts = torch.cat([picked, some]), [*parts, part]
+        except KeyboardInterrupt:
+            if not len(picked):
+                raise
         rows, biases, others = (torch.cat(part) for part in zip(*parts, strict=True))
-        return self._made(rows, biases, others, picked)
+        return replace(self._made(rows, biases, others, picked), finished=len(picked) == size)
 
     def _ranked(self, rows: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
         """Return the features that are not picked yet, the most influential through the known rows first."""

@@ -41,6 +41,7 @@ class AttributionGraph:
         source_set: the model and the set of sources on Neuronpedia that the transcoders are from, such as
             `"gemma-2-2b/gemmascope-transcoder-16k"`; empty if they do not say.
         pruning: the shares of influence that nodes and edges were reduced to; None if the graph is complete.
+        finished: False if Ctrl-C ended the computation, so that features are left out as with a smaller `size`.
 
     Examples:
         >>> graph = fp.attribution_graph(model, demo.transcoders, pairs[0], progress=False)
@@ -68,6 +69,7 @@ class AttributionGraph:
     n_layers: int = 0
     source_set: str = ""
     pruning: tuple[float, float] | None = None
+    finished: bool = True
 
     @property
     def targets(self) -> NDArray[np.intp]:
@@ -256,4 +258,5 @@ class AttributionGraph:
             f"attribution graph{shown}: {counted(kinds.features, 'feature')}, {counted(kinds.errors, 'error')}, "
             f"{counted(kinds.tokens, 'token')}, {counted(kinds.logits, 'logit')} ({logits}), {counted(edges, 'edge')}{pruning}"
             f"; replacement {self.replacement_score:.2f}, completeness {self.completeness_score:.2f}"
+            f"{'' if self.finished else '; interrupted'}"
         )

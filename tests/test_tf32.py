@@ -4,15 +4,15 @@ The rounding is done by hand here, because a CPU has no TF32. Products with a si
 where they are other functions; so rows that are computed together differ from rows that are computed alone.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from architectures import BRIDGES, VOCAB
 from test_architectures import narrowed, oracle_value, pairs
 from test_graphs import transcoders
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import featpatch as fp
 from featpatch.model.layer import product_rounding
@@ -25,6 +25,8 @@ PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten
 """Products, and the index of their first factor."""
 BITS = 13
 """The number of bits of a float32's mantissa that TF32 leaves out."""
+
+Found = TypeVar("Found")
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -109,10 +111,34 @@ def test_the_rounding_that_is_expected(setting: str) -> None:
     assert found == [80 * 2**-52, 80 * 2**-23 if setting == "highest" else 2**-7, 2**-4]
 
 
+def with_and_without(run: Callable[[], Found]) -> tuple[Found, Found]:
+    """The result with rounded products, and that with the products of float32."""
+    with _disable_current_modes():
+        torch.set_float32_matmul_precision("highest")
+        plain = run()
+    torch.set_float32_matmul_precision("high")
+    return run(), plain
+
+
+def same(found: fp.Effects, plain: fp.Effects) -> None:
+    """Check that two tables have nearly the same entries, and nearly the same metrics in those that both have."""
+    for way in ("denoised", "noised"):
+        one, other = (
+            {
+                (table.nodes[row], pair): value
+                for row, pair, value in zip(table.row, table.pair, getattr(table, way), strict=True)
+            }
+            for table in (found, plain)
+        )
+        both = one.keys() & other.keys()
+        assert len(both) > 0.98 * len(one.keys() | other.keys()), "a feature near its threshold may be active in one alone"
+        assert max(abs(one[entry] - other[entry]) for entry in both) < 2**-7 * max(map(abs, other.values()))
+
+
 def test_estimates() -> None:
     model, saes = narrowed("bridge", "gpt2", torch.float32)
-    fp.rank_features(model, saes, pairs(VOCAB), method="atp", progress=False)
-    fp.rank_components(model, pairs(VOCAB), method="atp", progress=False)
+    same(*with_and_without(lambda: fp.rank_features(model, saes, pairs(VOCAB), method="atp", progress=False)))
+    same(*with_and_without(lambda: fp.rank_components(model, pairs(VOCAB), method="atp", progress=False)))
 
 
 @pytest.mark.parametrize(("kind", "name"), [("bridge", "gpt2"), ("bridge", "gemma2"), ("bridge", "llama"), ("hooked", "gpt2")])
@@ -128,8 +154,13 @@ def test_layers_are_recognised(kind: str, name: str) -> None:
 def test_components_and_circuits() -> None:
     model, _ = narrowed("bridge", "gpt2", torch.float32)
     drawn = pairs(VOCAB)[:1]
-    fp.rank_components(model, drawn, sites=["z", "q", "pattern", "mlp_out"], progress=False)
-    fp.find_circuit(model, drawn, over="edges", scores="estimate", size=5, progress=False)
+    same(*with_and_without(lambda: fp.rank_components(model, drawn, sites=["z", "q", "pattern", "mlp_out"], progress=False)))
+    circuit, plain = with_and_without(
+        lambda: fp.find_circuit(model, drawn, over="edges", scores="estimate", size=5, progress=False)
+    )
+    assert circuit.items == plain.items
+    one, other = (each.scores * (each.graph.whole - each.graph.empty).mean() for each in (circuit, plain))  # the gap is small
+    assert abs(one - other).max() < 2**-6 * abs(other).max()
 
 
 def test_graphs() -> None:
@@ -139,7 +170,11 @@ def test_graphs() -> None:
         sae.cfg.dtype, sae.dtype = "float32", torch.float32
     model = model.to(torch.float32)
     model.cfg.dtype = torch.float32
-    fp.attribution_graph(model, given, pairs(VOCAB)[0].clean, progress=False)
+    graph, plain = with_and_without(
+        lambda: fp.attribution_graph(model, given, pairs(VOCAB)[0].clean, targets=[3, 7], progress=False)
+    )
+    assert graph.nodes == plain.nodes
+    assert abs(graph.adjacency - plain.adjacency).max() < 2**-7 * abs(plain.adjacency).max()
 
 
 def test_checks() -> None:

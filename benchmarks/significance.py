@@ -1,4 +1,4 @@
-"""Sign flips as a matrix product against scipy's permutation test: python benchmarks/significance.py."""
+"""Sign flips as a matrix product against scipy's permutation test: OPENBLAS_NUM_THREADS=1 python benchmarks/significance.py."""
 
 import time
 from collections.abc import Callable

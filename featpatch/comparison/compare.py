@@ -25,6 +25,9 @@ from featpatch.nodes import Effect
 from featpatch.pairs.pairs import Pairs
 from featpatch.untrusted import in_figure, visible
 
+TIED = 1e-6
+"""The share of the largest effect up to which effects have the same rank."""
+
 LISTED = 4
 """The largest number of hook points, and of positions of each, that a reason names."""
 
@@ -81,9 +84,13 @@ def cells(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement(table: pd.DataFrame, effect: Effect) -> Agreement:
-    """Measure the rank agreement over the cells of `side_by_side`; cells with unknown values are left out."""
+    """Measure the rank agreement over the cells of `side_by_side`; cells with unknown values are left out.
+
+    Effects that differ by less than `TIED` of the largest are ties, because their order would be one of rounding errors.
+    """
     found = cells(table)
     pairs = found[[effect, f"{effect}_features"]].dropna().to_numpy(dtype=np.float64)
+    pairs = np.round(pairs / (TIED * np.abs(pairs).max(0, initial=1e-30)))
     reason = _reason(table, len(found), pairs)
     return Agreement(np.nan if reason else float(spearmanr(*pairs.T).statistic), len(pairs), reason)
 

@@ -13,7 +13,7 @@ s,
     p = share of the draws with |sum_p s_p change_p| >= |sum_p change_p|
 
 (Fisher 1935; as scipy.stats.permutation_test with one sample and permutation_type="samples", but as a product of matrices,
-<!-- claim 2x: python benchmarks/significance.py -->about 41 x faster<!-- /claim -->).
+<!-- claim 2x: OPENBLAS_NUM_THREADS=1 python benchmarks/significance.py -->about 36 x faster<!-- /claim -->).
 q-values are Benjamini & Hochberg's (1995), from scipy.
 
 **Quadrants.** Labels that say in which directions a node has an effect, based on the intervals of both effects.

@@ -41,7 +41,6 @@ from featpatch.circuits.curve import SHARES, ranking, sizes_of
 from featpatch.cli.app import clear_errors
 from featpatch.effects.statistics import RESAMPLES, SEED, expanded
 from featpatch.patching.paths import path_study
-from featpatch.patching.study import Options
 from featpatch.tasks.ioi import TEMPLATES
 
 POSITIONS: Mapping[str, list[str | int]] = {"capitals": ["subject", -1], "indirect objects": ["S2", "end"]}
@@ -167,8 +166,8 @@ def measured_exactly(circuit: fp.Circuit, model: Any, pairs: fp.Pairs) -> fp.Cir
     chosen: list[Any] = [circuit.graph.items[number] for number in numbers]
     paths = [fp.Edge.of(stream if e.sender.site == "hook_embed" else e.sender, e.receiver) for e in chosen]
     senders, receivers = ([*dict.fromkeys(getattr(path, end) for path in paths)] for end in ("sender", "receiver"))
-    asked = Options(directions=["noising"])
-    effects = path_study(model, pairs, None, senders, receivers, "direct", asked, frozenset(paths))[0].run(None, progress=False)
+    study, _ = path_study(model, pairs, None, senders, receivers, "direct", frozenset(paths), directions=["noising"])
+    effects = study.run(None, progress=False)
     exact = dict(zip(effects.nodes, effects.pooled("degradation"), strict=True))
     scores = circuit.scores.copy()
     scores[numbers] = [exact.get(path, 0.0) for path in paths]

@@ -302,6 +302,9 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
+METRIC = "logit_diff"
+"""The default metric of functions that also estimate."""
+
 NEAR_ZERO = 1e-3
 """A mean gap below this share of the metric's size is refused, and a pair with such a gap has no ratio of its own."""
 

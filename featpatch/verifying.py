@@ -155,19 +155,20 @@ def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> None:
 
 def _study(effects: Effects, model: Any, pairs: Pairs, saes: Any, nodes: list[Node], metrics: list[str]) -> Study:
     about = effects.metadata
-    options = Options(about["positions"], about["directions"], metrics)
+    options = Options(positions=about["positions"], directions=about["directions"], metric=metrics)
     edges = frozenset(node for node in nodes if isinstance(node, Edge))
     if edges:
         senders, receivers = ({getattr(edge, end): None for edge in edges} for end in ("sender", "receiver"))
-        return path_study(model, pairs, saes, [*senders], [*receivers], about["route"], options, edges)[0]
+        return path_study(model, pairs, saes, [*senders], [*receivers], about["route"], edges, **options)[0]
     if "nodes" in about:
         every = effects.whole.nodes
         together = any(node.kind == "set" for node in every)
-        return node_study(model, saes, pairs, [node for node in every if node.kind != "set"], options, together=together)[0]
+        named = [node for node in every if node.kind != "set"]
+        return node_study(model, saes, pairs, named, together=together, **options)[0]
     if "components" in about:
         layers = sorted({sites.layer_of(node.site) for node in nodes})
-        return component_study(model, pairs, about["components"], layers, options)
-    return feature_study(model, saes, pairs, options, frozenset(nodes))[0]
+        return component_study(model, pairs, about["components"], layers, **options)
+    return feature_study(model, saes, pairs, frozenset(nodes), **options)[0]
 
 
 def _differences(effects: Effects, again: Effects, nodes: list[Node]) -> list[float]:

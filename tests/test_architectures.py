@@ -26,7 +26,6 @@ from featpatch.engine.suffix import SuffixPath
 from featpatch.model.layer import UnsupportedError
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.features import feature_study
-from featpatch.patching.study import Options
 from featpatch.sae.dictionary import dictionaries as dictionaries_of
 
 EXACT = 1e-10
@@ -105,7 +104,7 @@ def test_fast_path_equals_plain_hooks_everywhere(kind: str, name: str, positions
 @pytest.mark.parametrize(("kind", "name"), [("bridge", "gemma2"), ("hooked", "neox")])
 def test_the_plain_path_gives_the_same(kind: str, name: str) -> None:
     model = {"bridge": BRIDGES, "hooked": HOOKED}[kind][name]()
-    study, _ = feature_study(model, dictionaries(model, diagonal=True), pairs(VOCAB)[1:], Options(batch_rows=50))
+    study, _ = feature_study(model, dictionaries(model, diagonal=True), pairs(VOCAB)[1:], batch_rows=50)
     assert isinstance(study.path, SuffixPath)
     fast = study.run(None, progress=False)
     plain = replace(study, path=PlainPath(study.lens)).run(None, progress=False)

@@ -1,5 +1,6 @@
 """Components against TransformerLens' own patching functions, and neurons against hooks."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,8 +17,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import featpatch as fp
 from featpatch import sites
+from featpatch.nodes import DIRECTIONS
 from featpatch.patching.components import component_study
-from featpatch.patching.study import Options
 
 CLEAN = torch.tensor([[11, 12, 13, 14, 15, 16, 17], [21, 22, 23, 24, 25, 26, 27]])
 CORRUPTED = torch.tensor([[11, 12, 18, 14, 15, 16, 17], [21, 22, 29, 24, 25, 28, 27]])
@@ -133,11 +134,12 @@ def test_every(small: Small) -> None:
 def test_counts_are_what_is_made(small: Small) -> None:
     """The progress bar's total."""
     names = ["resid_pre", "z", "q", "k", "pattern", "pattern_entry", "neurons"]
-    study = component_study(small.model, pairs_of(CLEAN, CORRUPTED), names, None, Options([2, 6], ["denoising"]))
+    study = component_study(small.model, pairs_of(CLEAN, CORRUPTED), names, None, positions=[2, 6])
     runs = study.runner.run((0, 1))
     for part in study.parts:
-        swaps = part.swaps(runs)
-        assert [part.count(run) for run in runs] == [sum(len(swap.nodes) for swap in of_pair) for of_pair in swaps]
+        counts = [Counter(node for block in of_pair for node in block.nodes) for of_pair in part.blocks(runs)]
+        assert [part.count(run) for run in runs] == [*map(len, counts)]
+        assert all({*of_pair.values()} == {len(DIRECTIONS)} for of_pair in counts)
 
 
 @pytest.mark.parametrize("name", ["k", pytest.param("pattern_entry", marks=pytest.mark.extended), "z"])

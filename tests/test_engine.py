@@ -8,6 +8,7 @@ import time
 import warnings
 from dataclasses import replace
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,6 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.patching.controls import RandomPart
 from featpatch.patching.features import feature_study
 from featpatch.patching.runs import PairRuns, Runner, held
-from featpatch.patching.study import Options
 
 BRIDGED = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in (1, 2)]
 SITES = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
@@ -135,10 +135,10 @@ def test_deltas_are_joined() -> None:
 def test_the_directions_of_features_are_in_memory_once(bridge: Small) -> None:
     """Pairs that run together share them, for two SAEs at one hook point and for a CLT, whose features write to several."""
     saes = [bridge.at("blocks.1.hook_mlp_out"), standard("blocks.1.hook_mlp_out", 7), simple_clt()]
-    study, _ = feature_study(bridge.model, saes, pairs_of(bridge), Options("each"))
-    swaps = [swap for of_pair in study.parts[0].swaps(study.runner.run((0, 1, 2))) for swap in of_pair]
-    of_features = [swap for swap in swaps if any(node.kind == "feature" for node in swap.nodes)]
-    tables = [deltas.directions for swap in of_features for ways in swap.deltas.values() for deltas in ways.values()]
+    study, _ = feature_study(bridge.model, saes, pairs_of(bridge), positions="each")
+    blocks = chain(*study.parts[0].blocks(study.runner.run((0, 1, 2))))
+    of_features = [block for block in blocks if any(node.kind == "feature" for node in block.nodes)]
+    tables = [deltas.directions for block in of_features for deltas in block.deltas.values()]
     assert len(tables) > len(saes)
     assert len({table.untyped_storage().data_ptr() for table in tables}) == len(saes)
 
@@ -162,7 +162,7 @@ def test_when_memory_runs_out_the_batch_is_halved(small: Small, monkeypatch: pyt
     assert found.nodes == expected.nodes
     np.testing.assert_allclose(found.denoised, expected.denoised, rtol=0, atol=1e-10)
     assert sum(rows > 30 for rows in sizes) < 12, "what memory allows for is remembered"
-    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Options("all", ("denoising",)))
+    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), directions=("denoising",))
 
     def never(*_: Any) -> Any:
         raise error
@@ -176,7 +176,7 @@ def test_other_errors_pass_through(small: Small, monkeypatch: pytest.MonkeyPatch
     def broken(*_: Any) -> Any:
         raise RuntimeError("shapes differ")
 
-    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Options("all", ("denoising",)))
+    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), directions=("denoising",))
     monkeypatch.setattr(SuffixPath, "logits", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         study.run(None, progress=False)
@@ -375,8 +375,9 @@ def test_a_journal_is_readable(tmp_path: Path) -> None:
 def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
     """Patches and operations, against the passes themselves and torch's own counter."""
     saes = [small.at(site) for site in SITES]
-    study, _ = feature_study(small.model, saes, pairs_of(small), Options("each", ("denoising", "noising")))
-    ((_, blocks),) = study.work()
+    study, _ = feature_study(small.model, saes, pairs_of(small), positions="each")
+    (of_pairs,) = study.work()
+    blocks = [*chain(*of_pairs)]
     sweep = Sweep(study.path, study.measures, study.rows)
     sweep.baselines([block.run for block in blocks])
     patches, rows, flops = sweep.cost(blocks)
@@ -394,8 +395,9 @@ def test_a_plan_counts_what_the_sweep_does(small: Small) -> None:
 
 
 def test_a_trial_is_timed_once_warm(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    study, _ = feature_study(bridge.model, bridge.at(SITES[0]), pairs_of(bridge), Options("all", ("denoising",), batch_rows=40))
-    ((_, blocks),) = study.work()
+    study, _ = feature_study(bridge.model, bridge.at(SITES[0]), pairs_of(bridge), directions=("denoising",), batch_rows=40)
+    (of_pairs,) = study.work()
+    blocks = [*chain(*of_pairs)]
     sweep = Sweep(study.path, study.measures, study.rows)
     ran, run = [], sweep.run
     monkeypatch.setattr(sweep, "run", lambda batch: ran.append(len(batch)) or run(batch))
@@ -421,7 +423,7 @@ def test_every_pair_is_run_and_encoded_once(bridge: Small, monkeypatch: pytest.M
     def sweep(room: int) -> tuple[fp.Effects, dict[str, int]]:
         monkeypatch.setattr("featpatch.patching.study.KEPT", room)
         monkeypatch.setattr(SuffixPath, "prepare", prepare_counted)
-        study, _ = feature_study(bridge.model, sae, pairs_of(bridge), Options("each"))
+        study, _ = feature_study(bridge.model, sae, pairs_of(bridge), positions="each")
         counted.update(tokens=0, encoded=0, traced=0)
         hook = bridge.model.blocks[0].register_forward_hook(lambda module, args, out: count("tokens", args[0].shape[1]))
         try:
@@ -537,10 +539,9 @@ def test_memory_of_a_gpu_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("room", [1, 5, 40])
 def test_batches_are_full_and_fit(small: Small, room: int) -> None:
     """All that can share a pass does; each patch is in one batch, and there with others only where all have room."""
-    study, _ = feature_study(
-        small.model, small.at(SITES[0]), pairs_of(small), Options("each", ("denoising", "noising"), batch_rows=40)
-    )
-    ((_, blocks),) = study.work()
+    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), positions="each", batch_rows=40)
+    (of_pairs,) = study.work()
+    blocks = [*chain(*of_pairs)]
     units = Sweep(study.path, study.measures, study.rows).units(blocks)
     made = list(batches(study.path, units, room))
     found = sorted((id(unit.deltas), int(patch)) for batch in made for unit in batch for patch in unit.patches)
@@ -554,8 +555,8 @@ def test_batches_are_full_and_fit(small: Small, room: int) -> None:
 
 def test_patches_without_an_effect_are_not_run(small: Small) -> None:
     """Those that change nothing, and in a causal model those that change only positions after the answer."""
-    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), Options("all", ("denoising",), batch_rows=40))
-    ((_, (block, *_)),) = study.work()
+    study, _ = feature_study(small.model, small.at(SITES[0]), pairs_of(small), directions=("denoising",), batch_rows=40)
+    (((block, *_), *_),) = study.work()
     patch, position = torch.tensor([0, 0, 2, 3, 4]), torch.tensor([5, 3, 5, 4, 3])
     deltas = Deltas(5, patch, position, torch.zeros(5, dtype=torch.int64), torch.ones(5), torch.ones(1, 16))
     before = replace(
@@ -571,12 +572,10 @@ def test_patches_without_an_effect_are_not_run(small: Small) -> None:
 
 def test_what_parts_find_stays_with_the_runs(small: Small) -> None:
     """Parts travel to workers as they were made."""
-    study, found = feature_study(
-        small.model, small.at(SITES[0]), pairs_of(small), Options("all", ("denoising",), batch_rows=40)
-    )
+    study, found = feature_study(small.model, small.at(SITES[0]), pairs_of(small), directions=("denoising",), batch_rows=40)
     for part in (*study.parts, RandomPart(found[0], 0, "all", 3, 0)):
         before, runs = {**vars(part)}, study.runner.run((0, 1, 2))
-        part.swaps(runs)
+        part.blocks(runs)
         assert vars(part) == before
         assert all(part in run.found for run in runs)
         kind, given = part.__reduce__()

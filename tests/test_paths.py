@@ -1,6 +1,7 @@
 """Path patching against plain hooks on the whole model, and what must hold of paths."""
 
 import contextlib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from test_sets import pairs_of
 import featpatch as fp
 from featpatch.errors import FeatpatchWarning
 from featpatch.patching.paths import path_study
-from featpatch.patching.study import Options
 
 Z, MLP = "blocks.{}.attn.hook_z", "blocks.{}.hook_mlp_out"
 OPTIONS: dict[str, Any] = {"progress": False}
@@ -113,13 +113,11 @@ def test_positions(small: Small) -> None:
 def test_a_whole_receiver_takes_its_value_where_it_stands(bridge: Small) -> None:
     sender = fp.Node("blocks.0.hook_mlp_out", "activation")
     receivers = [fp.Node("blocks.2.hook_mlp_out", "activation", None, position) for position in (3, 6)]
-    study, _ = path_study(
-        bridge.model, pairs_of(bridge), None, [sender], receivers, "direct", Options(directions=["denoising"])
-    )
-    for swaps, _ in study.work():
-        for swap in swaps:
-            (deltas,) = swap.deltas.values()
-            assert set(deltas["denoising"].position.tolist()) == {swap.nodes[0].position}
+    study, _ = path_study(bridge.model, pairs_of(bridge), None, [sender], receivers, "direct", directions=["denoising"])
+    for of_pairs in study.work():
+        for block in chain(*of_pairs):
+            (deltas,) = block.deltas.values()
+            assert set(deltas.position.tolist()) == {block.nodes[0].position}
 
 
 @pytest.mark.parametrize("slow", [False, True])

@@ -40,7 +40,7 @@ from featpatch.pairs.pairs import Pairs
 from featpatch.patching.ablation_values import Everywhere
 from featpatch.patching.paths import EdgePart
 from featpatch.patching.route import Senders, receiver_of
-from featpatch.patching.study import Options, Study
+from featpatch.patching.study import Study
 
 PATCHED_AT_ONCE = 80
 """The largest number of tokens of pairs whose edges are patched together, unless a single prompt is longer."""
@@ -116,7 +116,7 @@ class EdgeGraph(EdgeRuns):
             done = announcing(bar, cost, lambda: self._busy)
             for some in chunks:
                 pairs = Pairs(tuple(self.pairs[index] for index in some))
-                study = cache(partial(Study.of, self.lens, parts, {}, pairs, Options(["all"], ["noising"], self.measures)))
+                study = cache(partial(Study.of, self.lens, parts, {}, pairs, directions=["noising"], metric=self.measures))
                 if not bar.n and progress:
                     tokens = [sum(len(self.pairs[index]) for index in chunk) for chunk in chunks]
                     passes = sum(ceil(size * count / study().rows) for size, count in product(sizes, tokens))

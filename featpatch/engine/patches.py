@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 
 from featpatch import sites
 from featpatch.model.lens import added
-from featpatch.nodes import Combine
+from featpatch.nodes import Combine, Node
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -164,6 +164,7 @@ class Block:
             of a hook point are a single row.
         patches: the numbers of the patches in this block among those of `deltas`, in ascending order.
         combine: what a patch at several hook points means, see the top of this file.
+        nodes: the nodes that the patches of `deltas` are named by, one each; the engine does not read them.
     """
 
     name: str
@@ -171,6 +172,7 @@ class Block:
     deltas: Mapping[str, Deltas]
     patches: Int[torch.Tensor, " patches"]
     combine: Combine = "add"
+    nodes: tuple[Node, ...] = ()
 
     def __len__(self) -> int:
         return len(self.patches)

@@ -1,4 +1,4 @@
-"""What a patch changes: the difference between two runs, and swaps, which hold the deltas of patches.
+"""What a patch changes: the difference between two runs, and the deltas of patches.
 
     x' = x_b + dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
 
@@ -11,15 +11,16 @@ the decoder (see `Dictionary.change`). A `Part` says which nodes are patched.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import groupby
 from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 
-from featpatch.engine.patches import Deltas
+from featpatch.engine.patches import Block, Deltas
 from featpatch.nodes import Combine, Direction, Kind, Node, Position
 from featpatch.pairs.pair import Wanted
 from featpatch.patching.runs import Labelled, PairRuns, Run, Ways
@@ -168,71 +169,72 @@ def _each_way(first: int, splits: Splits, change: Callable[[Split, Split], torch
     return changes
 
 
-@dataclass(frozen=True)
-class Swap:
-    """Nodes that differ between the runs of one pair, one patch each, with the deltas of each direction.
+BothWays = Mapping[str, Mapping[Direction, Sequence[Deltas]]]
+"""Deltas of the same patches by hook point and direction.
 
-    Attributes:
-        nodes: the nodes.
-        deltas: the deltas of the patches, by hook point and direction; each patch is made at all of these hook points.
-        longer: the deltas for each reading, by hook point and direction, if they depend on the tokens that follow the prompt;
-            otherwise empty.
+A single entry is for all readings; otherwise there is one for each, because the tokens that follow the prompt differ."""
+
+Patches = tuple[tuple[Node, ...], BothWays, Combine]
+"""The nodes of some patches, one each, their deltas, and what a patch at several hook points means."""
+
+
+def as_blocks(
+    run: PairRuns, nodes: tuple[Node, ...], deltas: BothWays, combine: Combine = "add", *, by_token: bool = False
+) -> list[Block]:
+    """Return patches of a pair as one block for each direction and reading; none if there are no nodes.
+
+    Args:
+        run: the runs of the pair.
+        nodes, deltas, combine: see `Patches`.
         by_token: whether the deltas of `Labelled` runs are at token positions; otherwise they are at places.
-        combine: what a patch at several hook points means.
     """
-
-    nodes: tuple[Node, ...]
-    deltas: Mapping[str, Mapping[Direction, Deltas]]
-    longer: Mapping[str, Mapping[Direction, Sequence[Deltas]]] = field(default_factory=dict)
-    by_token: bool = False
-    combine: Combine = "add"
-
-    def at(self, run: PairRuns, direction: Direction, reading: int) -> dict[str, Deltas]:
-        """Return the deltas for a reading of a pair, by hook point, at token positions of the base run."""
-        base = run.ways[direction][0]
-        if self.longer:
-            found = {site: longer[direction][reading] for site, longer in self.longer.items()}
-        else:
-            found = {site: deltas[direction] for site, deltas in self.deltas.items()}
-        if self.by_token or not isinstance(base, Labelled):
-            return found
-        return {site: replace(deltas, position=base.tokens[deltas.position]) for site, deltas in found.items()}
-
-    def keep(self, nodes: frozenset[Node]) -> "Swap":
-        """Return the swaps of only these nodes."""
-        kept = [patch for patch, node in enumerate(self.nodes) if node in nodes]
-        some = torch.tensor(kept, dtype=torch.long)
-        return replace(
-            self,
-            nodes=tuple(self.nodes[patch] for patch in kept),
-            deltas={site: {way: each.select(some) for way, each in ways.items()} for site, ways in self.deltas.items()},
-            longer={
-                site: {way: [each.select(some) for each in of_way] for way, of_way in ways.items()}
-                for site, ways in self.longer.items()
-            },
-        )
-
-    @cached_property
-    def name(self) -> str:
-        """A short name derived from the nodes, the same every time."""
-        return hashlib.sha256("\n".join(map(repr, self.nodes)).encode()).hexdigest()[:24]
+    if not nodes:
+        return []
+    name, every, found = _name(nodes), torch.arange(len(nodes)), []
+    for way, (patched, _) in run.ways.items():
+        for reading, base in enumerate(run.bases[way]):
+            of_base = {site: ways[way][reading if len(ways[way]) > 1 else 0] for site, ways in deltas.items()}
+            if isinstance(patched, Labelled) and not by_token:
+                of_base = {site: replace(each, position=patched.tokens[each.position]) for site, each in of_base.items()}
+            found.append(Block(name, base, of_base, every, combine, nodes))
+    return found
 
 
-def joined(swaps: Sequence[Swap]) -> list[Swap]:
-    """Join the swaps that change the same hook points with the same meaning; none may have `longer` or `by_token`."""
-    alike: dict[tuple[str, ...], list[Swap]] = {}
-    for swap in swaps:
-        alike.setdefault((*swap.deltas, swap.combine), []).append(swap)
+def keep(blocks: Iterable[Block], nodes: frozenset[Node]) -> list[Block]:
+    """Return the blocks of a pair with only the patches of some nodes, without blocks that have none of them."""
+    found: list[Block] = []
+    for every, alike in groupby(blocks, key=lambda block: block.nodes):
+        some = torch.tensor([patch for patch, node in enumerate(every) if node in nodes], dtype=torch.long)
+        kept = tuple(every[patch] for patch in some.tolist())
+        if not kept:
+            continue
+        name, numbers = _name(kept), torch.arange(len(kept))
+        for block in alike:
+            deltas = {site: each.select(some) for site, each in block.deltas.items()}
+            found.append(replace(block, name=name, deltas=deltas, patches=numbers, nodes=kept))
+    return found
+
+
+def _name(nodes: Sequence[Node]) -> str:
+    """Return a short name for patches of some nodes, the same every time."""
+    return hashlib.sha256("\n".join(map(repr, nodes)).encode()).hexdigest()[:24]
+
+
+def joined(several: Iterable[Patches]) -> list[Patches]:
+    """Join the patches that change the same hook points with the same meaning; each must have one entry for all readings."""
+    alike: dict[tuple[tuple[str, ...], Combine], list[Patches]] = {}
+    for patches in several:
+        alike.setdefault((tuple(patches[1]), patches[2]), []).append(patches)
     return [
-        Swap(
-            tuple(node for swap in some for node in swap.nodes),
+        (
+            tuple(node for nodes, _, _ in some for node in nodes),
             {
-                site: {way: Deltas.joined([swap.deltas[site][way] for swap in some]) for way in ways}
-                for site, ways in some[0].deltas.items()
+                site: {way: [Deltas.joined([deltas[site][way][0] for _, deltas, _ in some])] for way in ways}
+                for site, ways in some[0][1].items()
             },
-            combine=some[0].combine,
+            combine,
         )
-        for some in alike.values()
+        for (_, combine), some in alike.items()
     ]
 
 
@@ -240,9 +242,10 @@ Naming = Callable[[int, Position], Node]
 """A function that returns the node of a feature at a requested position."""
 
 
-def feature_swaps(difference: Difference, wanted: Wanted, naming: Naming, combine: Combine = "add") -> list[Swap]:
-    """Return the swaps in which each feature that differs is patched alone, by requested position and group of features."""
-    swaps, dictionary = [], difference.dictionary
+def feature_patches(difference: Difference, wanted: Wanted, naming: Naming, combine: Combine = "add") -> list[Patches]:
+    """Return patches of each feature that differs, alone, by requested position and group of features."""
+    found: list[Patches] = []
+    dictionary = difference.dictionary
     for position, span in wanted.items():
         at_position = difference.at(span)
         group_of = difference.feature[at_position] // dictionary.per_group
@@ -251,22 +254,24 @@ def feature_swaps(difference: Difference, wanted: Wanted, naming: Naming, combin
             indices, patch = difference.feature[entries].unique(return_inverse=True)
             nodes = tuple(naming(feature, position) for feature in indices.tolist())
             deltas = difference.deltas(entries, patch, len(nodes))
-            swaps.append(Swap(nodes, _by_output(dictionary, deltas, group), combine=combine))
-    return swaps
+            found.append((nodes, _by_output(dictionary, deltas, group), combine))
+    return found
 
 
-def _by_output(dictionary: Dictionary, deltas: Mapping[Direction, Deltas], group: int) -> dict[str, dict[Direction, Deltas]]:
-    """Return the deltas at each hook point to which a group of features writes."""
+def _by_output(
+    dictionary: Dictionary, deltas: Mapping[Direction, Deltas], group: int
+) -> dict[str, dict[Direction, list[Deltas]]]:
+    """Return the deltas at each hook point to which a group of features writes, for all readings."""
     parts = {way: dictionary.by_output(of_way.directions) for way, of_way in deltas.items()}
     return {
-        site: {way: replace(of_way, directions=parts[way][site]) for way, of_way in deltas.items()}
+        site: {way: [replace(of_way, directions=parts[way][site])] for way, of_way in deltas.items()}
         for site in dictionary.outputs[group:]
     }
 
 
-def whole_swaps(
+def whole_patches(
     site: str, kind: str, changes: Mapping[str, Change], wanted: Wanted, sae: str = "", combine: Combine = "add"
-) -> Swap:
+) -> Patches:
     """Return one patch per requested position, which makes the whole change there.
 
     Args:
@@ -289,10 +294,12 @@ def whole_swaps(
             nodes.append(Node(site, cast(Kind, kind), None, name, sae))
     where, numbers = torch.tensor(position, dtype=torch.long), torch.tensor(patch, dtype=torch.long)
     deltas = {
-        hook: {way: Deltas.explicit(numbers, where, whole[where.to(whole.device)], len(nodes)) for way, whole in change.items()}
+        hook: {
+            way: [Deltas.explicit(numbers, where, whole[where.to(whole.device)], len(nodes))] for way, whole in change.items()
+        }
         for hook, change in changes.items()
     }
-    return Swap(tuple(nodes), deltas, combine=combine)
+    return tuple(nodes), deltas, combine
 
 
 def differing(changes: Mapping[str, Change]) -> Bool[torch.Tensor, " pos"]:
@@ -307,9 +314,14 @@ def by_output(dictionary: Dictionary, change: Mapping[Direction, torch.Tensor]) 
 
 
 def count_whole(changes: Mapping[str, Change], wanted: Wanted) -> int:
-    """Return the number of patches that `whole_swaps` makes."""
+    """Return the number of patches that `whole_patches` makes."""
     differs = differing(changes)
     return sum(bool(differs[span].any()) for span in wanted.values())
+
+
+def count_nodes(blocks: Iterable[Block]) -> int:
+    """Return the number of nodes that the blocks of a pair are named by."""
+    return len({node for block in blocks for node in block.nodes})
 
 
 class Part(ABC):
@@ -349,9 +361,9 @@ class Part(ABC):
         return set(map(layer_of, self.sites))
 
     @abstractmethod
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
-        """Return the swaps of each of some pairs that run together."""
+    def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
+        """Return the patches of each of some pairs that run together, see `as_blocks`."""
 
     @abstractmethod
     def count(self, run: PairRuns) -> int:
-        """Return the number of patches per direction in the swaps of a pair."""
+        """Return the number of patches of a pair per direction and reading."""

@@ -11,16 +11,26 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
+from typing_extensions import Unpack
 
 from featpatch.components import ARROW, check_components_and_layers
-from featpatch.engine.patches import Deltas
+from featpatch.engine.patches import Block, Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import ROWS, Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Direction, Node, Position
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.changes import Part, Swap, count_whole, feature_swaps, whole_change, whole_swaps, with_directions
+from featpatch.patching.changes import (
+    Part,
+    Patches,
+    as_blocks,
+    count_whole,
+    feature_patches,
+    whole_change,
+    whole_patches,
+    with_directions,
+)
 from featpatch.patching.features import DictionaryPart
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
@@ -49,15 +59,13 @@ class WholePart(Part):
         """The hook points that are patched."""
         return list(self.whole)
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
-        """Return the swaps of each pair, one per hook point."""
-        return [
-            [
-                whole_swaps(site, "activation", {site: whole_change(site, run.ways, run.first)}, run.wanted)
-                for site in self.whole
-            ]
-            for run in runs
-        ]
+    def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
+        """Return the patches of each pair by hook point."""
+        return [[block for site in self.whole for block in as_blocks(run, *self._patches(run, site))] for run in runs]
+
+    @staticmethod
+    def _patches(run: PairRuns, site: str) -> Patches:
+        return whole_patches(site, "activation", {site: whole_change(site, run.ways, run.first)}, run.wanted)
 
     def count(self, run: PairRuns) -> int:
         """Return the number of hook points and positions at which the runs differ."""
@@ -109,22 +117,20 @@ class HeadPart(Part):
         """Return the number of heads and positions at which the runs differ."""
         return len(list(self._exchanges(run)))
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
-        """Return the swaps of each pair."""
+    def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
+        """Return the patches of each pair."""
         return [self._of_pair(run) for run in runs]
 
-    def _of_pair(self, run: PairRuns) -> list[Swap]:
+    def _of_pair(self, run: PairRuns) -> list[Block]:
         exchanges = list(self._exchanges(run))
         if not exchanges:
             return []
-        deltas = {way: self._deltas(run, exchanges, way, 0) for way in run.ways}
-        longer: dict[Direction, list[Deltas]] = {}
-        if self._seen_later and any(len(base.tokens) > len(run.pair) for base in run.bases["noising"]):
-            for way in run.ways:
-                others = range(1, len(run.bases[way]))
-                longer[way] = [deltas[way], *(self._deltas(run, exchanges, way, reading) for reading in others)]
-        nodes = tuple(exchange.node for exchange in exchanges)
-        return [Swap(nodes, {self._z: deltas}, {self._z: longer} if longer else {}, by_token=True)]
+        longer = self._seen_later and any(len(base.tokens) > len(run.pair) for base in run.bases["noising"])
+        deltas = {
+            way: [self._deltas(run, exchanges, way, reading) for reading in range(len(run.bases[way]) if longer else 1)]
+            for way in run.ways
+        }
+        return as_blocks(run, tuple(exchange.node for exchange in exchanges), {self._z: deltas}, by_token=True)
 
     @property
     def _z(self) -> str:
@@ -259,10 +265,13 @@ class HeadPart(Part):
 class NeuronPart(DictionaryPart):
     """Each neuron of an MLP, as a feature of a dictionary of neurons."""
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
-        """Return the swaps of each pair, one per requested position."""
+    def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
+        """Return the patches of each pair by requested position."""
         found = with_directions([self.difference(run) for run in runs])
-        return [feature_swaps(each, run.wanted, self._naming) for each, run in zip(found, runs, strict=True)]
+        return [
+            [block for patches in feature_patches(each, run.wanted, self._naming) for block in as_blocks(run, *patches)]
+            for each, run in zip(found, runs, strict=True)
+        ]
 
     def count(self, run: PairRuns) -> int:
         """Return the number of neurons and requested positions at which the runs differ."""
@@ -282,20 +291,20 @@ def _mask(mask: Bool[torch.Tensor, "..."], places: Iterable[tuple[int | None, ..
 
 
 def component_study(
-    model: Any, pairs: Pairs, sites: str | Sequence[str], layers: Sequence[int] | None, options: Options
+    model: Any, pairs: Pairs, sites: str | Sequence[str], layers: Sequence[int] | None, **options: Unpack[Options]
 ) -> Study:
     """Return the validated experiment that `rank_components` runs with these arguments."""
     check_pairs(pairs, by_label=True, model=model)
     lens = wrap(model)
-    parts, about = component_parts(lens, sites, layers, options.positions)
-    labelled = next((index for index, pair in enumerate(pairs) if pair.by_label and options.noise is None), None)
+    parts, about = component_parts(lens, sites, layers, options.get("positions", "all"))
+    labelled = next((index for index, pair in enumerate(pairs) if pair.by_label and options.get("noise") is None), None)
     patterns = [name for name in about["components"] if name.startswith("pattern")]
     if labelled is not None and patterns:
         raise FeatpatchError(
             f"sites={patterns} with pair {labelled}, which is patched label by label: expected prompts of equal length, "
             "because a pattern has an entry for every token; use 'q', 'k', 'v' or 'z'"
         )
-    return Study.of(lens, parts, about, pairs, options)
+    return Study.of(lens, parts, about, pairs, **options)
 
 
 def component_parts(

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 
 from featpatch.effects.table import Effects
-from featpatch.engine.patches import Deltas
+from featpatch.engine.patches import Block, Deltas
 from featpatch.errors import FeatpatchError, check_numbers, decimal
 from featpatch.metrics import Metrics
 from featpatch.nodes import DIRECTIONS, Direction, Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Difference, Swap, with_directions
+from featpatch.patching.changes import Difference, as_blocks, with_directions
 from featpatch.patching.features import DictionaryPart, single_study
 from featpatch.patching.runs import PairRuns
-from featpatch.patching.study import Options
 from featpatch.untrusted import visible
 
 
@@ -90,7 +89,7 @@ def random_controls(
     """
     check_numbers(1, n=n)
     check_numbers(0, seed=seed)
-    study, dictionary = single_study(model, sae, pairs, position, Options("all", directions, metric, batch_rows))
+    study, dictionary = single_study(model, sae, pairs, position, directions=directions, metric=metric, batch_rows=batch_rows)
     if feature is not None:
         check_numbers(0, feature=feature)
         if feature >= dictionary.d_sae:
@@ -140,13 +139,13 @@ class RandomPart(DictionaryPart):
         difference = self.difference(run)
         return self.n * bool((difference.feature[difference.at(run.wanted[self.position])] == self.feature).any())
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
-        """Return the swaps of each pair in which the feature differs, and none for other pairs."""
+    def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
+        """Return the patches of each pair in which the feature differs, and none for other pairs."""
         found = with_directions([self.difference(run) for run in runs])
         units = self._units(next(iter(found[0].value.values())))
         return [self._of_pair(run, difference, units) for run, difference in zip(runs, found, strict=True)]
 
-    def _of_pair(self, run: PairRuns, difference: Difference, units: torch.Tensor) -> list[Swap]:
+    def _of_pair(self, run: PairRuns, difference: Difference, units: torch.Tensor) -> list[Block]:
         entries = difference.at(run.wanted[self.position])
         entries = entries[difference.feature[entries] == self.feature]
         own = difference.deltas(entries, torch.zeros_like(entries), 1)
@@ -157,15 +156,17 @@ class RandomPart(DictionaryPart):
         deltas = {}
         for way, deltas_of_way in own.items():
             signed = deltas_of_way.values().norm(dim=1) * difference.value[way][entries.to(difference.value[way].device)].sign()
-            deltas[way] = Deltas(
-                patches=self.n,
-                patch=torch.arange(self.n).repeat_interleave(count),
-                position=difference.position[entries].repeat(self.n),
-                direction=torch.arange(self.n).repeat_interleave(count),
-                coefficient=signed.repeat(self.n),
-                directions=units,
-            )
-        return [Swap(nodes, {site: deltas})]
+            deltas[way] = [
+                Deltas(
+                    patches=self.n,
+                    patch=torch.arange(self.n).repeat_interleave(count),
+                    position=difference.position[entries].repeat(self.n),
+                    direction=torch.arange(self.n).repeat_interleave(count),
+                    coefficient=signed.repeat(self.n),
+                    directions=units,
+                )
+            ]
+        return as_blocks(run, nodes, {site: deltas})
 
     def _units(self, like: torch.Tensor) -> torch.Tensor:
         """Draw the random unit vectors, `[n, d]`, with the type and device of `like`."""

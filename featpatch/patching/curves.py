@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -170,12 +171,13 @@ def top_k_curve(
             "its direction among directions"
         )
     check_kinds(bool, across=across)
-    options = Options(positions, directions, metric, batch_rows, noise, combine)
-    study, found = feature_study(model, saes, pairs, options, joint=True)
+    options = Options(positions=positions, directions=directions, metric=metric, batch_rows=batch_rows, noise=noise)
+    single_features = partial(feature_study, model, saes, combine=combine, joint=True, **options)
+    study, found = single_features(pairs)
     single = study.complete(progress=progress)
     ranking = single
     if rank_on is not None:
-        others, _ = feature_study(model, saes, rank_on, options, joint=True)
+        others, _ = single_features(rank_on)
         ranking = others.complete(progress=progress)
     features: dict[Key, list[Node]] = {}
     for node in ranking.top(len(ranking), by=by, kind="feature").nodes:
@@ -195,9 +197,9 @@ def top_k_curve(
     tables = [replace(study, parts=parts).complete(progress=progress)] if parts else []
     names = {dictionary.name for dictionary in alone}
     if joined := {key: best for key, best in features.items() if key[0] not in names}:
-        several = replace(options, positions="all")
         asked = {key: [Patch(tuple(best[:k])) for k in sizes[key]] for key, best in joined.items()}
-        joint_study, _ = node_study(model, saes, pairs, [patch for some in asked.values() for patch in some], several)
+        patches = [patch for some in asked.values() for patch in some]
+        joint_study, _ = node_study(model, saes, pairs, patches, combine=combine, **options)
         tables.append(_named_sets(joint_study.complete(progress=progress), asked))
     if not tables:
         raise FeatpatchError("no feature differs between the runs at these positions: expected at least one; choose others")

@@ -4,26 +4,31 @@
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from typing_extensions import Unpack
+
+from featpatch.engine.patches import Block
 from featpatch.errors import FeatpatchError
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Combine, Node, Position
-from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import (
     Change,
     Difference,
     Part,
-    Swap,
+    Patches,
+    as_blocks,
     by_output,
+    count_nodes,
     count_whole,
-    feature_swaps,
+    feature_patches,
     joined,
+    keep,
     whole_change,
-    whole_swaps,
+    whole_patches,
     with_directions,
 )
 from featpatch.patching.runs import PairRuns
@@ -72,33 +77,35 @@ class FeaturePart(Part):
         several = [dictionary for dictionary in self.dictionaries if len(dictionary.outputs) > 1]
         return super().patched + [(dictionary.outputs, self._meaning(dictionary)) for dictionary in several]
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
-        """Return the swaps of each pair: features by dictionary, then all features, error and activation by hook point."""
+    def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
+        """Return the patches of each pair: features by dictionary, then all features, error and activation by hook point."""
         found = {d.name: with_directions([self._differences(run)[d.name] for run in runs]) for d in self.dictionaries}
         each = [self._of_pair(run, {name: of_pairs[n] for name, of_pairs in found.items()}) for n, run in enumerate(runs)]
-        return each if self.only is None else [[swap.keep(self.only) for swap in of_pair] for of_pair in each]
+        return each if self.only is None else [keep(of_pair, self.only) for of_pair in each]
 
     def count(self, run: PairRuns) -> int:
         """Return the number of patches per direction."""
         if self.only is not None:
-            return sum(len(swap.nodes) for swap in self.swaps([run])[0])
+            return count_nodes(self.blocks([run])[0])
         total = sum(count_whole(changes, run.wanted) for _, _, changes, _, _ in self._whole(run))
         return total + sum(difference.count(run.wanted) for difference in self._differences(run).values())
 
-    def _of_pair(self, run: PairRuns, found: Mapping[str, Difference]) -> list[Swap]:
-        swaps: list[Swap] = []
+    def _of_pair(self, run: PairRuns, found: Mapping[str, Difference]) -> list[Block]:
+        several: list[Patches] = []
         for dictionary in self.dictionaries:
             meant = self._meaning(dictionary)
-            swaps += joined(feature_swaps(found[dictionary.name], run.wanted, dictionary.node, meant))
-        whole = [whole_swaps(site, kind, changes, run.wanted, sae, how) for site, kind, changes, sae, how in self._whole(run)]
-        return swaps + joined(whole)
+            several += joined(feature_patches(found[dictionary.name], run.wanted, dictionary.node, meant))
+        several += joined(
+            whole_patches(site, kind, changes, run.wanted, sae, how) for site, kind, changes, sae, how in self._whole(run)
+        )
+        return [block for patches in several for block in as_blocks(run, *patches)]
 
     def _meaning(self, dictionary: Dictionary) -> Combine:
         """Return what patches of a dictionary mean, which makes a difference only if it writes to several hook points."""
         return (self.combine or dictionary.combine) if len(dictionary.outputs) > 1 else "add"
 
     def _whole(self, run: PairRuns) -> Iterator[tuple[str, str, dict[str, Change], str, Combine]]:
-        """Yield the arguments of `whole_swaps` for all features, the error and the activation, by hook point and together."""
+        """Yield the arguments of `whole_patches` for all features, the error and the activation, by hook point and together."""
         activations = {site: whole_change(site, run.ways, run.first) for site in self.sites}
         for dictionary in self.dictionaries:
             found, name, combine = self._differences(run)[dictionary.name], dictionary.name, self._meaning(dictionary)
@@ -126,13 +133,19 @@ class FeaturePart(Part):
 
 
 def feature_study(
-    model: Any, saes: Any, pairs: Pairs, options: Options, only: frozenset[Node] | None = None, *, joint: bool = False
+    model: Any,
+    saes: Any,
+    pairs: Pairs,
+    only: frozenset[Node] | None = None,
+    *,
+    combine: Combine | None = None,
+    joint: bool = False,
+    **options: Unpack[Options],
 ) -> tuple[Study, list[Dictionary]]:
     """Return the validated experiment that `rank_features` runs with these arguments, and its dictionaries.
 
     Args:
-        model, saes, pairs: as in `rank_features`.
-        options: the other arguments of `rank_features`.
+        model, saes, pairs, combine, options: as in `rank_features`.
         only: the nodes that are patched; None for all.
         joint: as in `combined_by`.
     """
@@ -140,23 +153,25 @@ def feature_study(
     lens = wrap(model)
     found = dictionaries(lens, saes)
     about: dict[str, Any] = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
-    if combined := combined_by(found, options.combine, joint=joint):
+    if combined := combined_by(found, combine, joint=joint):
         about["combine"] = combined
-    return Study.of(lens, [FeaturePart(found, only, options.combine)], about, pairs, options), found
+    return Study.of(lens, [FeaturePart(found, only, combine)], about, pairs, **options), found
 
 
-def single_study(model: Any, sae: Any, pairs: Pairs, position: Position, options: Options) -> tuple[Study, Dictionary]:
+def single_study(
+    model: Any, sae: Any, pairs: Pairs, position: Position, **options: Unpack[Options]
+) -> tuple[Study, Dictionary]:
     """Return a validated experiment with the features of one dictionary at one position, and the dictionary.
 
     Args:
-        position: replaces the positions of `options`.
+        position: replaces `positions`.
         model, sae, pairs, options: as in `feature_study`.
 
     Raises:
         FeatpatchError: there are several dictionaries, or the input is unusable.
     """
-    positions: Positions = "all" if position == "all" else [position]
-    study, found = feature_study(model, sae, pairs, replace(options, positions=positions))
+    asked: Options = {**options, "positions": "all" if position == "all" else [position]}
+    study, found = feature_study(model, sae, pairs, **asked)
     if len(found) != 1:
         raise FeatpatchError(f"there are {len(found)} SAEs: expected exactly one; call this function once per SAE")
     return study, found[0]
@@ -199,17 +214,16 @@ class OnlyPart(Part):
         """The hook points that the other part patches together."""
         return self.part.patched
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
-        """Return the swaps of each pair with only these nodes, computed once."""
+    def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
+        """Return the patches of each pair with only these nodes, computed once."""
         return [run.once(self, partial(self._of_pair, run)) for run in runs]
 
     def count(self, run: PairRuns) -> int:
         """Return the number of these nodes that differ between the runs."""
-        return sum(len(swap.nodes) for swap in self.swaps([run])[0])
+        return count_nodes(self.blocks([run])[0])
 
-    def _of_pair(self, run: PairRuns) -> list[Swap]:
-        swaps = [swap.keep(self.only) for swap in self.part.swaps([run])[0]]
-        return [swap for swap in swaps if swap.nodes]
+    def _of_pair(self, run: PairRuns) -> list[Block]:
+        return keep(self.part.blocks([run])[0], self.only)
 
 
 @dataclass(frozen=True, eq=False)

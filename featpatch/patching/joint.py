@@ -15,17 +15,18 @@ from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
+from typing_extensions import Unpack
 
 from featpatch import sites
 from featpatch.components import ARROW, OF_HEADS
-from featpatch.engine.patches import Deltas
+from featpatch.engine.patches import Block, Deltas
 from featpatch.errors import FeatpatchError, check_choices, each
 from featpatch.model.lens import Edit, Lens, added, keeping
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Combine, Direction, Node, Patch, Position, joint
 from featpatch.pairs.pair import Pair, spans_of
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.changes import Part, Swap
+from featpatch.patching.changes import Part, as_blocks
 from featpatch.patching.chosen import Chosen, check_settable, choose
 from featpatch.patching.components import HeadPart, WholePart, neuron_part
 from featpatch.patching.features import FeaturePart, OnlyPart
@@ -96,8 +97,8 @@ class JointPart(Part):
         return int(self._differs(run))
 
     @torch.no_grad()
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
-        """Return one swap for each pair in which any of the values differs."""
+    def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
+        """Return the patch of each pair in which any of the values differs."""
         together: dict[tuple[int, int], list[Place]] = defaultdict(list)
         for run in filter(self._differs, runs):
             for way in run.ways:
@@ -110,12 +111,11 @@ class JointPart(Part):
                 patch = torch.zeros(len(position), dtype=torch.long)
                 found[id(run), way, reading] = Deltas.explicit(patch, position.cpu(), change[position], 1)
 
-        def swap(run: PairRuns) -> Swap:
+        def of_pair(run: PairRuns) -> list[Block]:
             every = {way: [found[id(run), way, reading] for reading in range(len(run.bases[way]))] for way in run.ways}
-            first = {way: deltas[0] for way, deltas in every.items()}
-            return Swap((self.node,), {self.sites[0]: first}, {self.sites[0]: every})
+            return as_blocks(run, (self.node,), {self.sites[0]: every})
 
-        return [[swap(run)] if self._differs(run) else [] for run in runs]
+        return [of_pair(run) if self._differs(run) else [] for run in runs]
 
     def _groups(self, pair: Pair | None = None, first: int = 0) -> list[Chosen]:
         """Return the values that are set in a pair from position `first` on; without a pair, those of no position."""
@@ -199,15 +199,16 @@ def node_study(
     saes: Any,
     pairs: Pairs,
     nodes: Any,
-    options: Options,
     contrast: Callable[[Sequence[Part]], Contrast | None] = lambda parts: None,
     *,
     together: bool | None = None,
+    combine: Combine | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Study, tuple[Node, ...]]:
     """Return the validated experiment that `rank_nodes` runs, and the nodes of the rows of its table.
 
     Args:
-        nodes, together: as in `rank_nodes`.
+        nodes, together, combine: as in `rank_nodes`.
         contrast: a function that chooses base and source runs for the parts that are patched.
         model, saes, pairs, options: as in `feature_study` and `Study.of`; the positions are those of the nodes.
 
@@ -222,33 +223,33 @@ def node_study(
     every = tuple(dict.fromkeys([*single, *(node for some in patches.values() for node in some)]))
     positions = list(dict.fromkeys(end for node in every for end in _ends(node.position)))
     spans_of(pairs, positions)  # raises errors of positions, which together=False does not mend
-    parts = _parts(lens, single, found, options.combine)
+    parts = _parts(lens, single, found, combine)
     _check_parts(parts, pairs)
-    combine = _combine(every if patches else (), found, options.combine)
-    if options.combine is not None and not patches and not any(len(d.outputs) > 1 for part in parts for d in part.owners):
+    meaning = _combine(every if patches else (), found, combine)
+    if combine is not None and not patches and not any(len(d.outputs) > 1 for part in parts for d in part.owners):
         raise FeatpatchError(
-            f"combine={options.combine!r} with nodes that are patched alone, each at one hook point: expected joint patches "
+            f"combine={combine!r} with nodes that are patched alone, each at one hook point: expected joint patches "
             "or features that write to several hook points; leave combine out, or pass together=True"
         )
     about = {"saes": {d.name: d.digest() for d in found}, "nodes": list(map(str, rows))}
     if patches:
-        if combine is None:
+        if meaning is None:
             at_once = {name: some for name, some in patches.items() if _adds_up(some, found)}
             joints: list[Part] = [JointPart(lens, some, found, name) for name, some in patches.items() if name not in at_once]
             if at_once:
                 members = _parts(lens, tuple(dict.fromkeys(node for some in at_once.values() for node in some)), found, "add")
                 joints.append(SummedPart(members, at_once, "add"))
         else:
-            members = _parts(lens, every, found, combine)
+            members = _parts(lens, every, found, meaning)
             check_apart(patches, found, pairs)
-            if combine == "set" and any(isinstance(part, JointPart) for part in members):
+            if meaning == "set" and any(isinstance(part, JointPart) for part in members):
                 inside = next(part.nodes[0] for part in members if isinstance(part, JointPart))
                 raise FeatpatchError(
                     f"combine='set' with {str(inside)!r}: expected hook points of the residual stream and of what is added to "
                     "it; use combine='add', or leave combine out"
                 )
-            joints = [SummedPart(members, patches, combine)]
-            about["combine"] = combine
+            joints = [SummedPart(members, patches, meaning)]
+            about["combine"] = meaning
         try:
             _check_parts(joints, pairs)
         except FeatpatchError as error:
@@ -257,7 +258,8 @@ def node_study(
             raise FeatpatchError(f"{error}; or pass together=False, which measures each node alone") from error
         parts += joints
         about["patches"] = {str(name.index): list(map(str, some)) for name, some in patches.items()}
-    return Study.of(lens, parts, about, pairs, replace(options, positions=positions), contrast(parts)), rows
+    asked: Options = {**options, "positions": positions}
+    return Study.of(lens, parts, about, pairs, contrast(parts), **asked), rows
 
 
 def _asked(

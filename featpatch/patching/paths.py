@@ -1,22 +1,23 @@
 """Studies of paths from senders to receivers, as patches of the receivers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from featpatch import sites
 from featpatch.effects.table import Effects
-from featpatch.engine.patches import Deltas
-from featpatch.metrics import SEQUENCES, Measures
+from featpatch.engine.patches import Block, Deltas
+from featpatch.metrics import METRIC, SEQUENCES, Measures
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Edge, Node, check_reached, check_senders
 from featpatch.pairs.pair import spans
 from featpatch.pairs.pairs import Pairs, check_pairs
-from featpatch.patching.changes import Part, Swap
+from featpatch.patching.changes import Part, as_blocks
 from featpatch.patching.route import Receiver, Senders, receiver_of
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
@@ -57,13 +58,13 @@ class EdgePart(Part):
         """The hook points that are patched, which are those of the receivers."""
         return list(dict.fromkeys(receiver.writes for receiver in self.receivers))
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
-        """Return the swaps of each pair, one per receiver."""
+    def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
+        """Return the patches of each pair by receiver."""
         return [run.once(self, partial(self._of_pair, run)) for run in runs]
 
     def count(self, run: PairRuns) -> int:
         """Return the number of edges whose sender differs between the runs."""
-        differing = {node for swap in self.senders.swaps(run) for node in swap.nodes}
+        differing = {node for block in self.senders.blocks(run) for node in block.nodes}
         return sum(sender in differing for of_receiver in self.edges.values() for sender in of_receiver)
 
     @cached_property
@@ -78,18 +79,18 @@ class EdgePart(Part):
                     edges[receiver.node][sender] = edge
         return edges
 
-    def _of_pair(self, run: PairRuns) -> list[Swap]:
+    def _of_pair(self, run: PairRuns) -> list[Block]:
         nodes, streams = self.senders.streams(run, self.route)
-        swaps = []
+        blocks = []
         for receiver in self.receivers:
             edges = self.edges[receiver.node]
             rows = [row for row, node in enumerate(nodes, 1) if node in edges]
             if rows:
                 where = self._where(run, receiver)
                 changes = {way: receiver.change(stream, torch.tensor(rows), where) for way, stream in streams.items()}
-                deltas = {way: _deltas(change, run.first) for way, change in changes.items()}
-                swaps.append(Swap(tuple(edges[nodes[row - 1]] for row in rows), {receiver.writes: deltas}))
-        return swaps
+                deltas = {way: [_deltas(change, run.first)] for way, change in changes.items()}
+                blocks += as_blocks(run, tuple(edges[nodes[row - 1]] for row in rows), {receiver.writes: deltas})
+        return blocks
 
     def _where(self, run: PairRuns, receiver: Receiver) -> torch.Tensor:
         """Return a mask `[pos]` of the positions at which the receiver is patched."""
@@ -116,8 +117,8 @@ def path_study(
     senders: Nodes,
     receivers: Nodes,
     route: Route,
-    options: Options,
     only: frozenset[Edge] | None = None,
+    **options: Unpack[Options],
 ) -> tuple[Study, EdgePart]:
     """Return the validated experiment of `rank_paths` and the part with its edges; positions are those of the senders.
 
@@ -126,9 +127,8 @@ def path_study(
     """
     check_pairs(pairs)
     sites.check_route(route)
-    Measures.of(
-        options.metric, SEQUENCES, "for paths, because mediators are frozen in the prompt but not in an answer that follows it"
-    )
+    because = "for paths, because mediators are frozen in the prompt but not in an answer that follows it"
+    Measures.of(options.get("metric", METRIC), SEQUENCES, because)
     lens = wrap(model)
     lens.check_unhooked()
     found = dictionaries_if_any(lens, saes)
@@ -142,5 +142,5 @@ def path_study(
         "senders": list(map(str, sending)),
         "receivers": list(map(str, receiving)),
     }
-    positions = list(dict.fromkeys(node.position for node in sending))
-    return Study.of(lens, [part], about, pairs, replace(options, positions=positions)), part
+    asked: Options = {**options, "positions": list(dict.fromkeys(node.position for node in sending))}
+    return Study.of(lens, [part], about, pairs, **asked), part

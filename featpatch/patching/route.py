@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Bool, Float
 
 from featpatch import sites
+from featpatch.engine.patches import Block
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens, added
 from featpatch.nodes import LOGITS, Direction, Node
-from featpatch.patching.changes import Part, Swap
+from featpatch.patching.changes import Part, keep
 from featpatch.patching.components import HeadPart, WholePart
 from featpatch.patching.features import FeaturePart
 from featpatch.patching.runs import PairRuns, Run
@@ -282,27 +283,27 @@ class Senders:
         """The first layer that a change of a sender enters."""
         return min(place[0] for site in {node.site for node in self.nodes} if (place := sites.entry(site)))
 
-    def swaps(self, run: PairRuns) -> list[Swap]:
-        """Return the swaps of the senders that differ between the runs of a pair."""
-        wanted = frozenset(self.nodes)
-        swaps = [swap.keep(wanted) for part in self.parts for swap in part.swaps([run])[0]]
-        return [swap for swap in swaps if swap.nodes]
+    def blocks(self, run: PairRuns) -> list[Block]:
+        """Return patches of the senders that differ between the runs of a pair."""
+        return keep((block for part in self.parts for block in part.blocks([run])[0]), frozenset(self.nodes))
 
     def streams(self, run: PairRuns, route: Route) -> tuple[list[Node], dict[Direction, Stream]]:
         """Return the senders that differ between the runs of a pair, and their changes of the residual stream by direction."""
-        swaps = self.swaps(run)
-        nodes = [node for swap in swaps for node in swap.nodes]
-        sent = [(site, deltas) for swap in swaps for site, deltas in swap.deltas.items()]  # a sender writes at one hook point
-        entering: list[Place] = []
-        for (site, _), swap in zip(sent, swaps, strict=True):
-            entering += [place for place in [sites.comes_in(site)] if place] * len(swap.nodes)
-        streams = {}
+        blocks, streams = self.blocks(run), {}
+        nodes: list[Node] = []
         for way, (base, _) in run.ways.items():
-            tokens = run.bases[way][0].tokens
-            changes = [self._on_stream(site, deltas[way].dense(len(tokens)), base, tokens) for site, deltas in sent]
-            changes = [change.to(self.lens.device) for change in changes]
-            empty = torch.zeros(0, len(tokens), self.lens.d_model, device=self.lens.device)
-            streams[way] = Stream(self.lens, base, tokens, route, tuple(entering), torch.cat(changes) if changes else empty)
+            patched = run.bases[way][0]
+            tokens, sent = patched.tokens, [block for block in blocks if block.run is patched]
+            nodes = [node for block in sent for node in block.nodes]
+            changes: list[torch.Tensor] = []
+            entering: list[Place] = []
+            for block in sent:
+                ((site, deltas),) = block.deltas.items()  # a sender writes at one hook point
+                entering += [place for place in [sites.comes_in(site)] if place] * len(block)
+                changes.append(self._on_stream(site, deltas.dense(len(tokens)), base, tokens).to(self.lens.device))
+            if not changes:
+                changes = [torch.zeros(0, len(tokens), self.lens.d_model, device=self.lens.device)]
+            streams[way] = Stream(self.lens, base, tokens, route, tuple(entering), torch.cat(changes))
         return nodes, streams
 
     def _on_stream(self, site: str, change: torch.Tensor, base: Run, tokens: torch.Tensor) -> torch.Tensor:

@@ -280,15 +280,21 @@ def check_labelled(runner: Runner) -> None:
 
 def held(what: Any) -> int:
     """Return the bytes of all tensors in nested dataclasses and containers, without those of dictionaries, which runs share."""
+    return sum(tensor.nbytes for tensor in _tensors(what, set()))
+
+
+def _tensors(what: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Yield each tensor in nested dataclasses and containers once, see `held`."""
+    if id(what) in seen:
+        return
+    seen.add(id(what))
     if isinstance(what, torch.Tensor):
-        return what.nbytes
-    if isinstance(what, Mapping):
-        what = what.values()
+        yield what
+    elif isinstance(what, (Mapping, list, tuple)):
+        for each_one in what.values() if isinstance(what, Mapping) else what:
+            yield from _tensors(each_one, seen)
     elif is_dataclass(what) and not isinstance(what, Dictionary):
-        what = vars(what).values()
-    elif not isinstance(what, (list, tuple)):
-        return 0
-    return sum(map(held, what))
+        yield from _tensors(vars(what), seen)
 
 
 def readings_of(measures: Measures, pairs: Pairs, lens: Lens) -> dict[int, list[Pair]]:

@@ -14,18 +14,18 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
-from featpatch.engine.patches import Deltas
+from featpatch.engine.patches import Block, Deltas
 from featpatch.engine.sweep import announcing
 from featpatch.errors import FeatpatchError, check_choices, check_fractions, check_numbers, counted, decimal, is_integer, listed
 from featpatch.frame import Frame
 from featpatch.metrics import Metrics
 from featpatch.nodes import DIRECTIONS, EFFECTS, Combine, Direction, Effect, Node, Patch, Position, check_directions
-from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Difference, Swap, split_ways, with_directions
+from featpatch.patching.changes import Difference, as_blocks, split_ways, with_directions
 from featpatch.patching.features import DictionaryPart, feature_study
 from featpatch.patching.joint import node_study
 from featpatch.patching.runs import PairRuns
@@ -51,15 +51,15 @@ class SetPart(DictionaryPart):
         """Return the number of sets, including those in which nothing differs."""
         return sum(len(sets) for position, sets in self.sets.items() if run.wanted.get(position))
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
-        """Return the swaps of each pair, one per position."""
+    def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
+        """Return the patches of each pair by position."""
         found = with_directions([self.difference(run) for run in runs])
         return [
-            [self._of_position(run, difference, position) for position in self.sets if run.wanted.get(position)]
+            [block for at in self.sets if run.wanted.get(at) for block in self._of_position(run, difference, at)]
             for run, difference in zip(runs, found, strict=True)
         ]
 
-    def _of_position(self, run: PairRuns, difference: Difference, position: Position) -> Swap:
+    def _of_position(self, run: PairRuns, difference: Difference, position: Position) -> list[Block]:
         sets, span = self.sets[position], torch.tensor(run.wanted[position])
         site, name = self.dictionary.writes, self.dictionary.name
         nodes = tuple(Node(site, "set", number, position, name) for number in range(len(sets)))
@@ -67,7 +67,7 @@ class SetPart(DictionaryPart):
             changes = self._along(difference, sets, span)
         else:
             changes = self._by_definition(run, sets, span)
-        return Swap(nodes, {site: {way: _deltas(change, span) for way, change in changes.items()}})
+        return as_blocks(run, nodes, {site: {way: [_deltas(change, span)] for way, change in changes.items()}})
 
     def _along(
         self, difference: Difference, sets: Sequence[Sequence[int]], span: Int[torch.Tensor, " span"]
@@ -124,14 +124,16 @@ class Sets:
     position: Position
 
     @classmethod
-    def of(cls, model: Any, saes: Any, pairs: Pairs, position: Position, options: Options) -> "Sets":
-        """Make the experiment, after checking the input; `position` replaces the positions of `options`."""
-        at: Positions = "all" if position == "all" else [position]
-        options = replace(options, positions=at)
-        study, found = feature_study(model, saes, pairs, options, joint=True)
+    def of(
+        cls, model: Any, saes: Any, pairs: Pairs, position: Position, combine: Combine | None, **options: Unpack[Options]
+    ) -> "Sets":
+        """Make the experiment, after checking the input; `position` replaces `positions`."""
+        asked: Options = {**options, "positions": "all" if position == "all" else [position]}
+        study, found = feature_study(model, saes, pairs, combine=combine, joint=True, **asked)
 
         def ask(patches: Sequence[Patch], directions: Sequence[Direction]) -> Study:
-            return node_study(model, saes, pairs, patches, replace(options, directions=directions))[0]
+            along: Options = {**options, "directions": directions}
+            return node_study(model, saes, pairs, patches, combine=combine, **along)[0]
 
         return cls(study, found, ask, position)
 
@@ -199,7 +201,7 @@ def interactions(
     """
     if features is not None and top is not None:
         raise FeatpatchError(f"top={top!r} with features: expected only one of them; leave top out")
-    asked = Sets.of(model, saes, pairs, position, Options("all", directions, metric, batch_rows, combine=combine))
+    asked = Sets.of(model, saes, pairs, position, combine, directions=directions, metric=metric, batch_rows=batch_rows)
     if features is None:
         single = asked.study.complete(progress=progress)
         nodes: Sequence[Node] = single.top(20 if top is None else top, kind="feature").nodes
@@ -330,7 +332,7 @@ def select_features(
     check_choices(tuple(EFFECTS), effect=effect)
     check_fractions(target=target)
     check_numbers(1, candidates=candidates, most=most)
-    asked = Sets.of(model, saes, pairs, position, Options(metric=metric, batch_rows=batch_rows, combine=combine))
+    asked = Sets.of(model, saes, pairs, position, combine, metric=metric, batch_rows=batch_rows)
     way = (EFFECTS[effect],)
     single = replace(asked.study, directions=way).complete(progress=progress)
     pool = list(single.top(candidates, by=effect, kind="feature").nodes)

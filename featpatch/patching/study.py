@@ -3,10 +3,11 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -24,27 +25,25 @@ from featpatch.engine.suffix import SuffixPath
 from featpatch.engine.sweep import Sweep, announcing, free_memory, row_budget, row_bytes
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
 from featpatch.files import as_path
-from featpatch.metrics import Measures, Metrics, check_gap
+from featpatch.metrics import METRIC, Measures, Metrics, check_gap
 from featpatch.model.lens import Lens
 from featpatch.model.transport import packed, unpacked
-from featpatch.nodes import DIRECTIONS, Combine, Direction, check_directions
+from featpatch.nodes import DIRECTIONS, Direction, check_directions
 from featpatch.pairs.pair import Positions, Wanted, lengths_if_pooled, spans_of
 from featpatch.pairs.pairs import Pairs, check_counterfactual, check_pairs
-from featpatch.patching.changes import Part, Swap
+from featpatch.patching.changes import Part
 from featpatch.patching.noise import Noise, over_draws
 from featpatch.patching.runs import KEPT, KEPT_SHARE, Contrast, PairRuns, Runner, check_labelled, chunks, combined, readings_of
 
 
-@dataclass(frozen=True)
-class Options:
-    """The arguments that all rankings share, as in `rank_features`; `Study.of` checks them."""
+class Options(TypedDict, total=False):
+    """The keyword arguments of `Study.of` that rankings have in common, as in `rank_features`."""
 
-    positions: Positions = "all"
-    directions: Sequence[Direction] = DIRECTIONS
-    metric: Metrics | Measures = "logit_diff"
-    batch_rows: int | None = None
-    noise: Noise | None = None
-    combine: Combine | None = None
+    positions: Positions
+    directions: Sequence[Direction]
+    metric: Metrics | Measures
+    batch_rows: int | None
+    noise: Noise | None
 
 
 NOT_COMPARED = ("metric", "tags", "versions", "finished", "sites", "places", "tokens", "lengths")
@@ -91,8 +90,13 @@ class Study:
         parts: Sequence[Part],
         about: Mapping[str, Any],
         pairs: Pairs,
-        options: Options,
         contrast: Contrast | None = None,
+        *,
+        positions: Positions = "all",
+        directions: Sequence[Direction] = DIRECTIONS,
+        metric: Metrics | Measures = METRIC,
+        batch_rows: int | None = None,
+        noise: Noise | None = None,
     ) -> "Study":
         """Make a study, after checking everything that can be checked without a sweep.
 
@@ -101,21 +105,20 @@ class Study:
             parts: the nodes that are patched.
             about: metadata about the parts, to store with the results.
             pairs: the clean and corrupted prompts.
-            options: the other arguments of the ranking.
             contrast: the choice of base and source runs; None for those of the pairs.
+            positions, directions, metric, batch_rows, noise: as in `rank_features`.
 
         Raises:
             FeatpatchError: the input is unusable.
         """
-        measures, noise, batch_rows = Measures.of(options.metric), options.noise, options.batch_rows
-        chosen = check_directions(options.directions)
+        measures, chosen = Measures.of(metric), check_directions(directions)
         if noise is not None and not isinstance(noise, Noise):
             raise FeatpatchError(f"noise={noise!r}: expected an fp.Noise, such as fp.Noise(['subject'])")
         check_numbers(1, batch_rows=1 if batch_rows is None else batch_rows)
         alone = noise is not None or contrast is not None
         known = check_pairs(pairs, by_label=True) if alone else check_counterfactual(pairs, by_label=True)
         readings = readings_of(measures, known, lens)
-        wanted = spans_of(pairs, options.positions)
+        wanted = spans_of(pairs, positions)
         if not alone and lens.causal and "nodes" not in about:  # named nodes always have rows
             _warn_of_the_unchanged(pairs, wanted)
         hooks = sorted({hook for part in parts for hook in part.hooks})
@@ -134,9 +137,10 @@ class Study:
         rows = row_budget(lens, longest, columns) if batch_rows is None else int(batch_rows)
         memory = rows * row_bytes(lens, longest, columns)
         complete = [site for part in parts if part.complete for site in part.sites]
-        about_study = {**about, **lengths_if_pooled(list(pairs), options.positions)}
-        metadata = _metadata(about_study, runner, measures, chosen, options.positions, complete)
-        arguments = {"about": about, "options": options, "contrast": contrast}
+        about_study = {**about, **lengths_if_pooled(list(pairs), positions)}
+        metadata = _metadata(about_study, runner, measures, chosen, positions, complete)
+        options = Options(positions=positions, directions=chosen, metric=metric, batch_rows=batch_rows, noise=noise)
+        arguments = {"about": about, "contrast": contrast, **options}
         return cls(lens, parts, pairs, chosen, measures, metadata, path, rows, memory, runner, arguments)
 
     def run(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
@@ -162,7 +166,7 @@ class Study:
 
     def _draw(self, noise: Noise, number: int, journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
         """Run the sweep with one draw of noise; a journal of a draw after the first has its number at the end of the name."""
-        arguments = {**self.arguments, "options": replace(self.arguments["options"], noise=noise, directions=self.directions)}
+        arguments = {**self.arguments, "noise": noise, "directions": self.directions}
         path = None if journal is None else f"{as_path(journal)}{f'.{number}' if number else ''}"
         study = Study.of(self.lens, self.parts, pairs=self.pairs, **arguments)
         return study.run_block(path, progress=progress, executor=executor)
@@ -213,13 +217,11 @@ class Study:
             raise KeyboardInterrupt
         return effects
 
-    def work(self) -> Iterator[tuple[list[Swap], list[Block]]]:
-        """Yield the swaps and their patches, for each part of each group of pairs that run together."""
+    def work(self) -> Iterator[list[list[Block]]]:
+        """Yield the patches of some pairs that run together, by pair, for each part of each such group of pairs."""
         for together in chunks(self.pairs):
-            runs = self.runner.run(together)
             for part in self.parts:
-                swaps = part.swaps(runs)
-                yield [swap for of_pair in swaps for swap in of_pair], list(self._blocks(runs, swaps).values())
+                yield self._blocks(self.runner.run(together), part)
 
     @property
     def fast(self) -> bool:
@@ -237,9 +239,9 @@ class Study:
                 bar.update(finished)
 
             try:
-                options = replace(self.arguments["options"], directions=self.directions, batch_rows=book.rows)
-                arguments = (self.lens, self.parts, self.pairs, {**self.arguments, "options": options})
-                executor.run(partial(_in_worker, packed(arguments)), shards, book, done)
+                others = {**self.arguments, "directions": self.directions, "batch_rows": book.rows}
+                arguments = packed((self.lens, self.parts, self.pairs, others))
+                executor.run(partial(_in_worker, arguments), shards, book, done)
             except KeyboardInterrupt:
                 return ClosedBook(book.rows, book.finished)
         return book
@@ -248,41 +250,32 @@ class Study:
         """Divide the study into shards: each is one part of it for one group of pairs that run together."""
 
         def blocks(together: list[int], part: Part) -> list[Block]:
-            runs = self.runner.run(together)
-            return list(self._blocks(runs, part.swaps(runs)).values())
+            return [*chain(*self._blocks(self.runner.run(together), part))]
 
         sweep = Sweep(self.path, self.measures, self.rows)
         return Shards(sweep, [partial(blocks, together, part) for together in chunks(self.pairs) for part in self.parts])
 
-    def _blocks(self, runs: list[PairRuns], swaps: list[list[Swap]]) -> dict[tuple[Direction, int, int, int], Block]:
-        """Return the patches as blocks for the engine, by direction, pair, reading and swap."""
-        return {
-            (direction, pair, reading, number): Block(
-                swap.name, base, swap.at(run, direction, reading), torch.arange(len(swap.nodes)), swap.combine
-            )
-            for direction in self.directions
-            for pair, (run, of_pair) in enumerate(zip(runs, swaps, strict=True))
-            for reading, base in enumerate(run.bases[direction])
-            for number, swap in enumerate(of_pair)
-        }
+    def _blocks(self, runs: list[PairRuns], part: Part) -> list[list[Block]]:
+        """Return the patches of a part in the directions of the study, for each of some pairs."""
+        wanted = {base for run in runs for direction in self.directions for base in run.bases[direction]}
+        return [[block for block in of_pair if block.run in wanted] for of_pair in part.blocks(runs)]
 
     def _patch(self, sweep: Sweep, together: list[int], part: Part, collector: Collector) -> None:
         """Run all patches of a part for some pairs; values that an interruption leaves out stay NaN."""
         runs = self._prepared(together)
-        swaps = part.swaps(runs)
-        blocks, metrics = self._blocks(runs, swaps), len(self.measures.parts)
-        values = {key: torch.full((len(block), metrics), torch.nan, dtype=torch.float64) for key, block in blocks.items()}
+        blocks, metrics = self._blocks(runs, part), len(self.measures.parts)
+        values = {block: torch.full((len(block), metrics), torch.nan, dtype=torch.float64) for block in chain(*blocks)}
         try:
-            sweep.fill(list(blocks.values()), list(values.values()))
+            sweep.fill([*values], [*values.values()])
         finally:
-            for pair, (index, run) in enumerate(zip(together, runs, strict=True)):
-                for number, swap in enumerate(swaps[pair]):
-                    measured: dict[Direction, NDArray[np.float64]] = {}
-                    for direction in self.directions:
-                        readings = range(len(run.bases[direction]))
-                        of_readings = [values[direction, pair, reading, number] for reading in readings]
-                        measured[direction] = self._combined(index, torch.stack(of_readings))
-                    collector.add(index, swap.nodes, measured)
+            for index, run, of_pair in zip(together, runs, blocks, strict=True):
+                for nodes, some in groupby(of_pair, key=lambda block: block.nodes):
+                    of_base = {block.run: values[block] for block in some}
+                    measured = {
+                        direction: self._combined(index, torch.stack([of_base[base] for base in run.bases[direction]]))
+                        for direction in self.directions
+                    }
+                    collector.add(index, nodes, measured)
 
     def _prepared(self, together: list[int]) -> list[PairRuns]:
         """Run some pairs and prepare them for the engine, always together, so that rounding is the same each time."""

@@ -11,11 +11,11 @@ from itertools import combinations
 import torch
 from jaxtyping import Bool
 
-from featpatch.engine.patches import Deltas
+from featpatch.engine.patches import Block, Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.nodes import Combine, Direction, Node
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Part, Swap
+from featpatch.patching.changes import Part, as_blocks, keep
 from featpatch.patching.runs import PairRuns
 from featpatch.sae.dictionary import Dictionary
 from featpatch.sae.nodes import CODED
@@ -68,52 +68,49 @@ class SummedPart(Part):
 
     def count(self, run: PairRuns) -> int:
         """Return the number of patches in which a value differs between the runs of a pair."""
-        differing = self._differing(self._swaps(run))
+        differing = self._differing(self._alone(run))
         return sum(any(node in differing for node in nodes) for nodes in self.patches.values())
 
-    def swaps(self, runs: Sequence[PairRuns]) -> list[list[Swap]]:
-        """Return one swap for each pair and set of hook points, with the patches in which a value differs."""
+    def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
+        """Return the patches of each pair in which a value differs, by the set of hook points that they change."""
         return [self._of_pair(run) for run in runs]
 
-    def _swaps(self, run: PairRuns) -> list[Swap]:
-        """Return the swaps that patch each node of the patches alone, computed once."""
-        wanted = frozenset(node for nodes in self.patches.values() for node in nodes)
+    def _alone(self, run: PairRuns) -> list[Block]:
+        """Return patches of each node alone, computed once."""
 
-        def find() -> list[Swap]:
-            swaps = [swap.keep(wanted) for part in self.parts for swap in part.swaps([run])[0]]
-            return [swap for swap in swaps if swap.nodes]
+        def find() -> list[Block]:
+            wanted = frozenset(node for nodes in self.patches.values() for node in nodes)
+            return keep((block for part in self.parts for block in part.blocks([run])[0]), wanted)
 
-        return run.once((self, "swaps"), find)
+        return run.once((self, "alone"), find)
 
     @staticmethod
-    def _differing(swaps: Iterable[Swap]) -> dict[Node, frozenset[str]]:
+    def _differing(blocks: Iterable[Block]) -> dict[Node, frozenset[str]]:
         """Return the hook points that patches of the nodes change, for the nodes that differ between the runs."""
-        return {node: frozenset(swap.deltas) for swap in swaps for node in swap.nodes}
+        return {node: frozenset(block.deltas) for block in blocks for node in block.nodes}
 
-    def _of_pair(self, run: PairRuns) -> list[Swap]:
-        single = self._swaps(run)
+    def _of_pair(self, run: PairRuns) -> list[Block]:
+        single = self._alone(run)
         writes = self._differing(single)
         alike: dict[frozenset[str], list[Node]] = {}
         for name, nodes in self.patches.items():
             hooks = frozenset(hook for node in nodes for hook in writes.get(node, ()))
             if hooks:
                 alike.setdefault(hooks, []).append(name)
-        return [self._swap(run, single, tuple(names), hooks) for hooks, names in alike.items()]
+        return [block for hooks, names in alike.items() for block in self._together(run, single, tuple(names), hooks)]
 
-    def _swap(self, run: PairRuns, single: Sequence[Swap], names: tuple[Node, ...], hooks: frozenset[str]) -> Swap:
+    def _together(self, run: PairRuns, single: list[Block], names: tuple[Node, ...], hooks: frozenset[str]) -> list[Block]:
         """Return the patches with these names, all of which change these hook points."""
-        longer: dict[str, dict[Direction, list[Deltas]]] = {}
+        deltas: dict[str, dict[Direction, list[Deltas]]] = {}
         for site in sorted(hooks, key=layer_of):
-            here = [swap for swap in single if site in swap.deltas]
-            nodes = [node for swap in here for node in swap.nodes]
+            here = [block for block in single if site in block.deltas]
+            nodes = [node for block in here if block.run is here[0].run for node in block.nodes]
             member = torch.tensor([[node in self.patches[name] for node in nodes] for name in names])
-            longer[site] = {
-                way: [_summed(member, [swap.at(run, way, reading)[site] for swap in here]) for reading in range(len(bases))]
-                for way, bases in run.bases.items()
-                if way in run.ways
+            deltas[site] = {
+                way: [_summed(member, [block.deltas[site] for block in here if block.run is base]) for base in run.bases[way]]
+                for way in run.ways
             }
-        deltas = {site: {way: each[0] for way, each in ways.items()} for site, ways in longer.items()}
-        return Swap(names, deltas, longer, by_token=True, combine=self.meaning)
+        return as_blocks(run, names, deltas, self.meaning, by_token=True)
 
 
 def _summed(member: Bool[torch.Tensor, "patches nodes"], changes: Sequence[Deltas]) -> Deltas:

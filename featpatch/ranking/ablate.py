@@ -19,15 +19,15 @@ from featpatch.attribution.features import FeatureEstimator
 from featpatch.attribution.gradients import METHODS, STEPPED, PairGradients
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError
-from featpatch.metrics import Metrics
+from featpatch.metrics import METRIC, Metrics
 from featpatch.model.transformer_lens import wrap
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.ablation import Ablation, To, ablated_parts, ablation
 from featpatch.patching.changes import Part
 from featpatch.patching.runs import Run
-from featpatch.patching.study import Options, Study
-from featpatch.ranking.rank import METRIC, Method, gradients_of
+from featpatch.patching.study import Study
+from featpatch.ranking.rank import Method, gradients_of
 from featpatch.sae.dictionary import Dictionary
 
 OF_THE_CLEAN_RUN = tuple(method for method in METHODS if method not in STEPPED)
@@ -104,8 +104,11 @@ def ablate(
     parts, about = ablated_parts(lens, saes, sites, layers, positions)
     contrast = ablation(lens, parts, pairs, reference, to, seed)
     if gradients is None:
-        asked = Options(positions, ["noising"], METRIC if metric is None else metric, batch_rows)
-        return Study.of(lens, parts, about, pairs, asked, contrast).run(journal, progress=progress, executor=executor)
+        study = Study.of(
+            lens, parts, about, pairs, contrast,
+            positions=positions, directions=["noising"], metric=METRIC if metric is None else metric, batch_rows=batch_rows,
+        )  # fmt: skip
+        return study.run(journal, progress=progress, executor=executor)
     if gradients.method not in OF_THE_CLEAN_RUN:
         raise FeatpatchError(
             f"method={gradients.method!r} of an ablation: expected one of {', '.join(OF_THE_CLEAN_RUN)}, because the others "

@@ -19,7 +19,6 @@ from featpatch.patching.changes import Part
 from featpatch.patching.joint import node_study
 from featpatch.patching.noise import Noise
 from featpatch.patching.runs import Contrast
-from featpatch.patching.study import Options
 
 
 def rank_nodes(
@@ -105,8 +104,10 @@ def rank_nodes(
         )
     if not isinstance(together, bool | None):
         raise FeatpatchError(f"together={together!r}: expected True, False or None")
-    options = Options(directions=way, metric=metric, batch_rows=batch_rows, noise=noise, combine=combine)
-    study, rows = node_study(model, saes, pairs, nodes, options, contrast, together=together)
+    study, rows = node_study(
+        model, saes, pairs, nodes, contrast, together=together, combine=combine,
+        directions=way, metric=metric, batch_rows=batch_rows, noise=noise,
+    )  # fmt: skip
     effects = study.run(journal, progress=progress, executor=executor)
     return _with_rows(effects, rows) if effects.finished else effects
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -124,19 +125,25 @@ def plan(
         >>> plan.nodes == len(effects.where(kind="feature")), plan.fast
         (True, True)
     """
-    some, options = _of_all_lengths(check_pairs(pairs)), Options(positions, directions, metric, batch_rows)
+    some, options = (
+        _of_all_lengths(check_pairs(pairs)),
+        Options(positions=positions, directions=directions, metric=metric, batch_rows=batch_rows),
+    )
     _check_one_function(saes, sites, layers, senders, receivers, route, positions)
     if senders is not None and receivers is not None:
-        study, _ = path_study(model, some, saes, senders, receivers, route, options)
+        study, _ = path_study(model, some, saes, senders, receivers, route, **options)
     elif saes is None:
-        study = component_study(model, some, DEFAULT_COMPONENTS if sites is None else sites, layers, options)
+        names = DEFAULT_COMPONENTS if sites is None else sites
+        study = component_study(model, some, names, layers, **options)
     else:
-        study, _ = feature_study(model, saes, some, options)
+        study, _ = feature_study(model, saes, some, **options)
     sweep = Sweep(study.path, study.measures, study.rows)
     counts, tried, seconds = np.zeros(3), 0, 0.0
     nodes: Counter[Node] = Counter()
-    for swaps, blocks in study.work():
-        nodes.update(node for swap in swaps for node in swap.nodes if node.kind in RANKED)
+    for of_pairs in study.work():
+        for of_pair in of_pairs:
+            nodes.update({node for block in of_pair for node in block.nodes if node.kind in RANKED})
+        blocks = [*chain(*of_pairs)]
         counts += sweep.cost(blocks)
         if not tried:
             tried, seconds = sweep.trial(blocks)

@@ -15,7 +15,7 @@ from featpatch.attribution.gradients import METHODS, Gradients, check_gradient, 
 from featpatch.attribution.paths import estimate_paths
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, FeatpatchWarning, counted, listed
-from featpatch.metrics import Metrics, find, leading, one_metric
+from featpatch.metrics import METRIC, Metrics, find, leading, one_metric
 from featpatch.nodes import DIRECTIONS, Combine, Direction, Edge, Node
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
@@ -23,7 +23,7 @@ from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.noise import Noise
 from featpatch.patching.paths import EdgePart, Nodes, path_study
-from featpatch.patching.study import Options, Study
+from featpatch.patching.study import Study
 from featpatch.ranking.screen import Screen, screened
 from featpatch.sites import DEFAULT_COMPONENTS, Route
 
@@ -32,9 +32,6 @@ Method = Literal["exact", "atp", "ig", "eap_ig_inputs", "grad_drop", "relp", "re
 
 BUDGET = 20_000
 """The largest number of paths that are all patched by default; more paths are screened."""
-
-METRIC = "logit_diff"
-"""The default metric."""
 
 MANY = Screen(k=2000, audit=500)
 """The screening of more than `BUDGET` paths."""
@@ -128,16 +125,19 @@ def rank_features(
     if (gradients := gradients_of(method, model, pairs, metric, options)) is not None:
         return estimate(gradients)
     metric = METRIC if metric is None else metric
-    asked = Options(positions, directions, metric, batch_rows, noise, combine)
+    study_of = partial(
+        feature_study, model, saes, pairs, combine=combine,
+        positions=positions, directions=directions, metric=metric, batch_rows=batch_rows, noise=noise,
+    )  # fmt: skip
     run = partial(Study.run, journal=journal, progress=progress, executor=executor)
     if screen is None:
-        return run(feature_study(model, saes, pairs, asked)[0])
+        return run(study_of()[0])
     if noise is not None:
         raise FeatpatchError(
             "screen=... with noise: expected no noise, because estimates need corrupted prompts; leave one of them out"
         )
     estimates = [estimate(of_method) for of_method in _screening(screen, model, pairs, metric)]
-    return screened(screen, estimates, lambda only: feature_study(model, saes, pairs, asked, only)[0], run)
+    return screened(screen, estimates, lambda only: study_of(only)[0], run)
 
 
 def rank_components(
@@ -185,7 +185,10 @@ def rank_components(
     if (gradients := gradients_of(method, model, pairs, metric, options)) is not None:
         return estimate_components(gradients, sites, layers, positions, directions, progress=progress)
     metric = METRIC if metric is None else metric
-    study = component_study(model, pairs, sites, layers, Options(positions, directions, metric, batch_rows, noise))
+    study = component_study(
+        model, pairs, sites, layers,
+        positions=positions, directions=directions, metric=metric, batch_rows=batch_rows, noise=noise,
+    )  # fmt: skip
     return study.run(journal, progress=progress, executor=executor)
 
 
@@ -270,8 +273,10 @@ def rank_paths(
     if gradients is not None:
         return estimate(gradients)
     metric = METRIC if metric is None else metric
-    asked = Options(directions=directions, metric=metric, batch_rows=batch_rows)
-    study, part = path_study(model, pairs, saes, senders, receivers, route, asked)
+    paths_of = partial(
+        path_study, model, pairs, saes, senders, receivers, route, directions=directions, metric=metric, batch_rows=batch_rows
+    )
+    study, part = paths_of()
     count = sum(map(len, part.edges.values()))
     chosen = (MANY if count > BUDGET else None) if isinstance(screen, str) else screen
     if progress:
@@ -291,7 +296,7 @@ def rank_paths(
 
     def study_of(only: frozenset[Node]) -> Study:
         edges = frozenset(edge for edge in only if isinstance(edge, Edge))
-        return path_study(model, pairs, saes, senders, receivers, route, asked, edges)[0]
+        return paths_of(edges)[0]
 
     return screened(chosen, [estimate(of_method) for of_method in _screening(chosen, model, pairs, metric)], study_of, run)
 

@@ -30,7 +30,6 @@ from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.ablation import Ablation
 from featpatch.patching.ablation_values import Everywhere, Values
 from featpatch.patching.joint import node_study
-from featpatch.patching.study import Options
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.sae.nodes import check_nodes, with_owner
 from featpatch.steering.positions import Places, check_places
@@ -276,8 +275,10 @@ def _effects(
     contrast = Ablation(Moved(how, by_dictionary, others[0] if others else 0.0), f"{how} {[*map(float, amounts.values())]}")
     at: Sequence[int | str] = places if not isinstance(places, str) else [-1] if places == "newest" else ["all"]
     patches = [Patch(tuple(replace(node, position=position) for position in at), str(node)) for node in amounts]
-    options = Options(directions=["noising"], metric=metrics, batch_rows=batch_rows, combine=_combine(found, amounts))
-    study, _ = node_study(lens.model, saes, pairs, patches, options, lambda parts: contrast)
+    study, _ = node_study(
+        lens.model, saes, pairs, patches, lambda parts: contrast, combine=_combine(found, amounts),
+        directions=["noising"], metric=metrics, batch_rows=batch_rows,
+    )  # fmt: skip
     return study.complete(progress=False)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from featpatch.nodes import DIRECTIONS, Direction
 from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.features import feature_study
-from featpatch.patching.study import Options, Study
+from featpatch.patching.study import Study
 from featpatch.streaming.stored import FORMAT, Stored, digests_of, write
 
 OWN = ("pairs", "tags", "places", "tokens", "lengths", "finished", "finished_at", "command", "metric")
@@ -72,7 +73,9 @@ def stream_features(
         )
     folder, elsewhere, number = as_path(folder), executor_of(executor), -1
     check_writable(folder / "about.json")
-    options = Options(positions, directions, metric, batch_rows)
+    study_of = partial(
+        feature_study, model, saes, positions=positions, directions=directions, metric=metric, batch_rows=batch_rows
+    )
     first = 0
     with _alone(folder), tqdm(unit="pair", desc="streaming", disable=not progress, smoothing=0) as bar:
         for number, block in enumerate(blocks):
@@ -80,7 +83,7 @@ def stream_features(
             if finished:
                 _check_same(folder, number, check_pairs(block, by_label=True))
             if number == 0 or not finished:
-                study, _ = feature_study(model, saes, check_pairs(block, by_label=True), options)
+                study, _ = study_of(check_pairs(block, by_label=True))
                 about = {"format": FORMAT, **{name: value for name, value in study.metadata.items() if name not in OWN}}
                 _check_about(folder / "about.json", json.loads(json.dumps(about)))
             if not finished:

@@ -303,7 +303,7 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 METRIC = "logit_diff"
-"""The default metric of functions that also estimate."""
+"""The default metric."""
 
 NEAR_ZERO = 1e-3
 """A mean gap below this share of the metric's size is refused, and a pair with such a gap has no ratio of its own."""

@@ -1,7 +1,7 @@
 """Nodes, edges and patches: plain hashable data without tensors, so that plans can be saved and compared.
 
 A *node* is something at a hook point whose value can be taken from another run. A *patch* is a set of nodes that are
-swapped together.
+patched together.
 """
 
 from collections import Counter

@@ -142,7 +142,7 @@ def test_agreement_by_hand() -> None:
     one = compare(*by_hand()).agreement["recovery"]
     assert (one.correlation, one.points) == (pytest.approx(1), 2)
     rounded = {node: change + 1e-8 * node.position for node, change in dict.fromkeys(components, 5).items()}
-    assert np.isnan(compare(table(features), table(rounded)).agreement["recovery"].correlation), "their order is one of rounding"
+    assert np.isnan(compare(table(features), table(rounded)).agreement["recovery"].correlation), "ordered by rounding"
     constant = dict.fromkeys(components, 5)
     assert np.isnan(compare(table(features), table(constant)).agreement["recovery"].correlation)
 

@@ -26,7 +26,7 @@ from featpatch.pairs.pairs import Pairs
 from featpatch.untrusted import in_figure, visible
 
 TIED = 1e-6
-"""The share of the largest effect up to which effects have the same rank."""
+"""The share of the largest effect to which effects are rounded before they are ranked."""
 
 LISTED = 4
 """The largest number of hook points, and of positions of each, that a reason names."""
@@ -86,7 +86,7 @@ def cells(table: pd.DataFrame) -> pd.DataFrame:
 def agreement(table: pd.DataFrame, effect: Effect) -> Agreement:
     """Measure the rank agreement over the cells of `side_by_side`; cells with unknown values are left out.
 
-    Effects that differ by less than `TIED` of the largest are ties, because their order would be one of rounding errors.
+    Effects are rounded to multiples of `TIED` of the largest, because the order of closer ones is often due to rounding errors.
     """
     found = cells(table)
     pairs = found[[effect, f"{effect}_features"]].dropna().to_numpy(dtype=np.float64)
@@ -191,6 +191,7 @@ def scatter(table: pd.DataFrame, effects: Sequence[Effect]) -> go.Figure:
 
 
 SHOWN = 5
+"""The number of rows of each table that are shown."""
 SAME = ("pairs", "of_pairs", "metric", "unit", "noise", "ablation")
 """The metadata entries in which the tables must agree."""
 SLACK = 0.05

@@ -64,7 +64,7 @@ class Pairs(PairsInFiles, Sequence[Pair]):
         Args:
             tokenizer: the model, so that prompts get the ids that `model(text)` would use; or a Hugging Face tokenizer or a
                 function from a text to ids, used as it is. Special tokens at the start of a prompt (BOS) belong to it and are
-                left out of swaps.
+                left out of patches.
             clean, corrupted: equally many prompts, each a text or token ids such as `model.to_tokens(text)`; or a single text,
                 with a single answer and one mapping of labels. Without `corrupted` the prompts have no counterfactual: they can
                 be ablated with `fp.ablate` and patched with `fp.do`, and effects are in units of the metric.
@@ -157,8 +157,8 @@ class Pairs(PairsInFiles, Sequence[Pair]):
                 row.
             attention_mask: 1 for tokens and 0 for padding at either end, the same for both prompts of a pair. Padding is
                 removed.
-            tokenizer: a tokenizer whose special tokens (BOS) are left out of swaps; without one, no position counts as special.
-                Without `attention_mask`, its padding tokens at either end are removed with a PairsWarning.
+            tokenizer: a tokenizer whose special tokens (BOS) are left out of patches; without one, no position counts as
+                special. Without `attention_mask`, its padding tokens at either end are removed with a PairsWarning.
 
         Raises:
             FeatpatchError: a table does not hold integers, lengths are unequal, there are no pairs, a label is outside the

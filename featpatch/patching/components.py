@@ -1,4 +1,4 @@
-"""Rank heads, their queries, keys, values and patterns, MLPs, neurons and the residual stream by causal recovery.
+"""Studies of components: heads, their queries, keys, values and patterns, MLPs, neurons and the residual stream.
 
 A head's output z is added to the residual stream through W_O, so it is patched at `hook_z`. A query, key, value or row of the
 attention pattern acts only through z. Its layer is therefore run alone with the value exchanged, and the resulting change is

@@ -93,10 +93,10 @@ def diagnose(
     lens = wrap(model)
     check_tokens(pairs, lens)
     found = dictionaries(lens, saes)
-    swaps = [choose(lens, Patch((node,)), found, 1, lambda _: [0])[0] for node in nodes]
+    chosen = [choose(lens, Patch((node,)), found, 1, lambda _: [0])[0] for node in nodes]
     spans = each(lambda pair: [pair.positions(node.position) for node in nodes], list(pairs))
-    seen = _seen(lens, pairs, swaps, spans, ways)
-    return _frame(nodes, swaps, seen, len(pairs))
+    seen = _seen(lens, pairs, chosen, spans, ways)
+    return _frame(nodes, chosen, seen, len(pairs))
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ class _Seen:
 
 
 def _seen(
-    lens: Lens, pairs: Pairs, swaps: Sequence[Chosen], spans: Sequence[Sequence[list[int]]], ways: Sequence[Direction]
+    lens: Lens, pairs: Pairs, chosen: Sequence[Chosen], spans: Sequence[Sequence[list[int]]], ways: Sequence[Direction]
 ) -> _Seen:
-    hooks = sorted({hook for swap in swaps for hook in swap.hooks})
-    places: dict[tuple[int, Direction], list[torch.Tensor]] = {(node, way): [] for node in range(len(swaps)) for way in ways}
-    norms: dict[str, list[torch.Tensor]] = {swap.site: [] for swap in swaps}
+    hooks = sorted({hook for one in chosen for hook in one.hooks})
+    places: dict[tuple[int, Direction], list[torch.Tensor]] = {(node, way): [] for node in range(len(chosen)) for way in ways}
+    norms: dict[str, list[torch.Tensor]] = {one.site: [] for one in chosen}
     for some in chunks(pairs):
         tokens = torch.tensor([*(pairs[index].clean for index in some), *(pairs[index].corrupted for index in some)])
         both = lens.read(tokens, hooks)
@@ -127,33 +127,33 @@ def _seen(
             runs = {"denoising": (corrupted, clean), "noising": (clean, corrupted)}
             first = pair.first_difference if lens.causal else 0
             for (node, way), found in places.items():
-                found.append(_places(swaps[node], *runs[way], [p for p in spans[index][node] if p >= first]))
+                found.append(_places(chosen[node], *runs[way], [p for p in spans[index][node] if p >= first]))
             for site, of_site in norms.items():
                 of_site.extend(_norms(run[site].flatten(2))[pair.positions("all")] for run in (clean, corrupted))
     eps = {site: torch.finfo(both[site].dtype).eps for site in norms}
     return _Seen(places, {site: _range(torch.cat(of_site), ROUNDING * eps[site]) for site, of_site in norms.items()})
 
 
-def _places(swap: Chosen, base: Values, source: Values, where: list[int]) -> Float[torch.Tensor, "places sums"]:
+def _places(chosen: Chosen, base: Values, source: Values, where: list[int]) -> Float[torch.Tensor, "places sums"]:
     """Return the terms of `SUMS` in a batch of one prompt, at those of the positions at which the node's value differs."""
-    dictionary = swap.dictionary
+    dictionary = chosen.dictionary
     if dictionary is None or dictionary.behaviour.rowwise:
         base, source = ({hook: values[:, where] for hook, values in run.items()} for run in (base, source))
         where = list(range(len(where)))
-    old = base[swap.site].flatten(2)
+    old = base[chosen.site].flatten(2)
     here = torch.zeros(old.shape[1], dtype=torch.bool)
     here[where] = True
-    swap = replace(swap, columns=swap.columns & here[:, None], rest=swap.rest & here)
-    new = old + swap.delta(base, source).to(old)
+    chosen = replace(chosen, columns=chosen.columns & here[:, None], rest=chosen.rest & here)
+    new = old + chosen.delta(base, source).to(old)
     changed = (new != old).any(2)[0].cpu()
     features = torch.full((old.shape[1], 5), torch.nan, dtype=torch.float64)
     if dictionary is not None:
         before, after = (dictionary.split(run).features[0] for run in (base, source))
-        changed |= ((before != after).cpu() & swap.columns).any(1)
-        if dictionary.reads == swap.site:
+        changed |= ((before != after).cpu() & chosen.columns).any(1)
+        if dictionary.reads == chosen.site:
             eps = max(torch.finfo(old.dtype).eps, torch.finfo(before.dtype).eps)
-            found = dictionary.split({swap.site: new}).features[0]
-            features = _features(before, after, found, swap.columns, eps)
+            found = dictionary.split({chosen.site: new}).features[0]
+            features = _features(before, after, found, chosen.columns, eps)
     return torch.cat([features, _norms(old)[:, None], _norms(new)[:, None]], dim=1)[changed]
 
 
@@ -161,7 +161,7 @@ def _features(
     before: Float[torch.Tensor, "pos d_sae"],
     wanted: Float[torch.Tensor, "pos d_sae"],
     found: Float[torch.Tensor, "pos d_sae"],
-    swapped: Bool[torch.Tensor, "pos d_sae"],
+    patched: Bool[torch.Tensor, "pos d_sae"],
     eps: float,
 ) -> Float[torch.Tensor, "pos 5"]:
     """Return the five terms of `SUMS` that are about features, at every position."""
@@ -169,11 +169,11 @@ def _features(
     intended, actual = wanted - before, found - before
     rounding = ROUNDING * eps * torch.maximum(before.abs(), wanted.abs()).amax(1, keepdim=True)
     terms = (
-        actual * intended.sign() * swapped,
-        intended.abs() * swapped,
-        actual.abs() * ~swapped,
-        intended.abs() * ~swapped,
-        (actual.abs() > rounding) & ~swapped,
+        actual * intended.sign() * patched,
+        intended.abs() * patched,
+        actual.abs() * ~patched,
+        intended.abs() * ~patched,
+        (actual.abs() > rounding) & ~patched,
     )
     return torch.stack([term.sum(1, dtype=torch.float64) for term in terms], dim=1)
 
@@ -188,10 +188,10 @@ def _range(norms: Float[torch.Tensor, " n"], rounding: float) -> tuple[float, fl
     return (float(norms.min()) * (1 - rounding), float(norms.max()) * (1 + rounding)) if len(norms) else (torch.inf, -torch.inf)
 
 
-def _frame(nodes: Sequence[Node], swaps: Sequence[Chosen], seen: _Seen, pairs: int) -> pd.DataFrame:
+def _frame(nodes: Sequence[Node], chosen: Sequence[Chosen], seen: _Seen, pairs: int) -> pd.DataFrame:
     rows = []
     for (number, way), of_pairs in seen.places.items():
-        places, (low, high) = torch.cat(of_pairs), seen.norms[swaps[number].site]
+        places, (low, high) = torch.cat(of_pairs), seen.norms[chosen[number].site]
         total = dict(zip(SUMS, places.sum(0), strict=True))
         norms = places[:, SUMS.index("after")]
         numbers = {

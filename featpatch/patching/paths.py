@@ -49,8 +49,8 @@ class EdgePart(Part):
         """The hook points that senders and receivers need, and those that the layers between them need."""
         highest = max(receiver.place[0] for receiver in self.receivers)
         names = ("resid_pre", "attn_out")
-        blocks = range(self.senders.lowest, min(highest, self.lens.n_layers - 1) + 1)
-        between = {sites.component(layer, name) for layer in [max(0, self.senders.lowest - 1), *blocks] for name in names}
+        layers = range(self.senders.lowest, min(highest, self.lens.n_layers - 1) + 1)
+        between = {sites.component(layer, name) for layer in [max(0, self.senders.lowest - 1), *layers] for name in names}
         return {*self.senders.hooks, *(hook for r in self.receivers for hook in r.hooks), *between & set(self.lens.hook_points)}
 
     @property

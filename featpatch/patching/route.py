@@ -84,10 +84,10 @@ class Stream:
         change = torch.cat([torch.zeros_like(self.changes[:1]), self.at(place)])
         if sites.is_stream(hook):
             return added(self.base.at(hook), change)
-        layer, behind = place[0], place[1] == "mid"
-        below = torch.cat([torch.zeros_like(self.changes[:1]), self.at((layer, "pre"))]) if behind else change
+        layer, attended = place[0], place[1] == "mid"
+        below = torch.cat([torch.zeros_like(self.changes[:1]), self.at((layer, "pre"))]) if attended else change
         attention = sites.component(layer, "attn_out")
-        put = {attention: added(self.base.at(attention), change - below)} if behind else {}
+        put = {attention: added(self.base.at(attention), change - below)} if attended else {}
         return self.lens.through(layer, added(self.base.at(sites.resid_pre(layer)), below), self.tokens, hook, put)
 
     def _below(self, place: Place) -> torch.Tensor:
@@ -130,8 +130,8 @@ class Receiver(ABC):
     @property
     def hooks(self) -> set[str]:
         """The hook points whose activations in the base run the receiver needs."""
-        blocks = {sites.layer_of(hook) for hook in self.reads if not sites.is_stream(hook)}
-        return {*self.reads, self.writes, *map(sites.resid_pre, blocks)}
+        layers = {sites.layer_of(hook) for hook in self.reads if not sites.is_stream(hook)}
+        return {*self.reads, self.writes, *map(sites.resid_pre, layers)}
 
     @abstractmethod
     def change(self, stream: Stream, rows: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ class Runner:
         lens: the model.
         pairs: all pairs of the study.
         hooks: the hook points whose activations are kept.
-        layers: the layers in which patches are made.
+        layers: the layers at whose input the residual stream is kept.
         wanted: the positions at which nodes are patched, by pair.
         readings: the readings of the metrics, by pair.
         contrast: the choice of base and source runs; None to patch each run of a pair with values of the other.

@@ -223,8 +223,8 @@ def graph_effects(
     if pair is not None:
         both = Pairs((Pair(graph.prompt, pair.corrupted, tuple(tokens), ()),))
         second = None if journal is None else f"{as_path(journal)}.swapped"
-        swaps = complete(rank_nodes(model, both, list(nodes), directions=["noising"], journal=second, **options), journal)
-        swapped = swaps.changes("degradation").toarray()[:, 0]
+        patched = complete(rank_nodes(model, both, list(nodes), directions=["noising"], journal=second, **options), journal)
+        swapped = patched.changes("degradation").toarray()[:, 0]
     names = tuple(graph.name(n) for n in kept)
     found = _edges(runs, edges)
     return GraphEffects(

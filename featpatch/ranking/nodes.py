@@ -85,14 +85,14 @@ def rank_nodes(
         >>> [str(node) for node in fp.rank_nodes(model, pairs, two, saes=saes, progress=False).nodes]
         ['head and feature together @ S2', '2 nodes together @ (several)']
     """
-    lens, way = wrap(model), directions
+    lens, ways = wrap(model), directions
 
     def contrast(parts: Sequence[Part]) -> Contrast | None:
         return None if to is None else ablation(lens, parts, check_pairs(pairs), reference, to, seed)
 
     if to is not None:
-        way = ["noising"] if directions is DIRECTIONS else directions
-        if list(way) != ["noising"] or noise is not None:
+        ways = ["noising"] if directions is DIRECTIONS else directions
+        if list(ways) != ["noising"] or noise is not None:
             raise FeatpatchError(
                 f"to={to!r} with directions={directions!r} and noise={noise!r}: expected no directions and no noise, because "
                 "ablation acts on the clean run alone; leave them out"
@@ -106,7 +106,7 @@ def rank_nodes(
         raise FeatpatchError(f"together={together!r}: expected True, False or None")
     study, rows = node_study(
         model, saes, pairs, nodes, contrast, together=together, combine=combine,
-        directions=way, metric=metric, batch_rows=batch_rows, noise=noise,
+        directions=ways, metric=metric, batch_rows=batch_rows, noise=noise,
     )  # fmt: skip
     effects = study.run(journal, progress=progress, executor=executor)
     return _with_rows(effects, rows) if effects.finished else effects

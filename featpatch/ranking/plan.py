@@ -125,10 +125,8 @@ def plan(
         >>> plan.nodes == len(effects.where(kind="feature")), plan.fast
         (True, True)
     """
-    some, options = (
-        _of_all_lengths(check_pairs(pairs)),
-        Options(positions=positions, directions=directions, metric=metric, batch_rows=batch_rows),
-    )
+    some = _of_all_lengths(check_pairs(pairs))
+    options = Options(positions=positions, directions=directions, metric=metric, batch_rows=batch_rows)
     _check_one_function(saes, sites, layers, senders, receivers, route, positions)
     if senders is not None and receivers is not None:
         study, _ = path_study(model, some, saes, senders, receivers, route, **options)

@@ -288,7 +288,7 @@ def rank_paths(
         size = f"{counted(count, 'path')} in {counted(len(pairs), 'pair')} and {counted(len(study.directions), 'direction')}"
         tqdm.write(f"{size}: {how}", file=sys.stderr)
     run = partial(Study.run, journal=journal, progress=progress, executor=executor)
-    if not isinstance(chosen, Screen):
+    if chosen is None:
         effects = run(study)
         if not len(effects) and effects.finished:
             _warn_of_unchanged_senders(part)

@@ -75,6 +75,6 @@ def _node(graph: AttributionGraph, number: int) -> dict[str, Any]:
 
 
 def _layers(graph: AttributionGraph) -> int:
-    """Return the number of layers up to the highest one that has a node."""
+    """Return the number of layers of the model or, if it is unknown, of those up to the highest one that has a node."""
     inside = [node.site for node in graph.nodes if node.kind != "logit" and node.site != sites.EMBEDDING]
     return graph.n_layers or 1 + max(map(sites.layer_of, inside), default=0)

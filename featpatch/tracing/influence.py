@@ -19,7 +19,7 @@ STEPS = 1000
 """Maximum length of a path; it is far below this because every edge leads to a higher layer."""
 
 
-def normalised(matrix: Float[torch.Tensor, "target source"]) -> Float[torch.Tensor, "target source"]:
+def normalised(matrix: Matrix) -> Matrix:
     """Return absolute values with each row scaled to a sum of 1; rows of zeros stay zeros."""
     size = matrix.abs()
     return size / size.sum(1, keepdim=True).clamp(min=1e-10)

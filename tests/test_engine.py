@@ -107,13 +107,15 @@ def test_a_null_patch_is_exactly_the_base_run(small: Small) -> None:
 def test_deltas_are_cut_and_selected() -> None:
     deltas = Deltas(
         patches=4, patch=torch.tensor([0, 0, 2, 3]), position=torch.tensor([4, 2, 5, 1]), direction=torch.tensor([0, 0, 1, 1]),
-        coefficient=torch.tensor([1.0, 2.0, 3.0, 4.0]), directions=torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
+        coefficient=torch.tensor([1.0, 2.0, -3.0, 4.0]), directions=torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
     )  # fmt: skip
     assert deltas.first.tolist() == [2, torch.iinfo(torch.int64).max, 5, 1]
     some = deltas.select(torch.tensor([0, 3]))
     assert (some.patch.tolist(), some.position.tolist(), some.patches) == ([0, 0, 1], [4, 2, 1], 2)
     assert some.values().tolist() == [[1, 0], [2, 0], [0, 4]]
     assert deltas.upto(4).values().tolist() == [[1, 0], [2, 0], [0, 4]]
+    again = Deltas.nonzero(deltas.dense(6))
+    assert (len(again.patch), again.patches, again.dense(6).tolist()) == (4, 4, deltas.dense(6).tolist())
 
 
 def test_deltas_are_joined() -> None:

@@ -58,6 +58,12 @@ class Deltas:
         return cls(patches, patch, position, torch.arange(len(values)), ones, values)
 
     @classmethod
+    def nonzero(cls, values: Float[torch.Tensor, "patches pos d"]) -> "Deltas":
+        """Make changes from the values of each patch at every position, with rows only where they are not 0; see `dense`."""
+        patch, position = (values != 0).any(2).nonzero(as_tuple=True)
+        return cls.explicit(patch.cpu(), position.cpu(), values[patch, position], len(values))
+
+    @classmethod
     def joined(cls, several: Sequence["Deltas"]) -> "Deltas":
         """Return the patches of several deltas, one after the other, on the device of the first.
 

@@ -5,7 +5,7 @@ attention pattern acts only through z. Its layer is therefore run alone with the
 patched at `hook_z`: the effect is the same, and the rest of the model can be resumed quickly from there.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,14 +180,8 @@ class HeadPart(Part):
     def _deltas(self, run: PairRuns, exchanges: list[Exchange], way: Direction, reading: int) -> Deltas:
         """Return how each exchange changes `hook_z` in the prompt of a reading."""
         size = max(1, ROWS // len(run.bases[way][reading].tokens))
-        patch, position, values = [], [], []
-        for start in range(0, len(exchanges), size):
-            change = self._changes(run, exchanges[start : start + size], way, reading)
-            rows, at = (change != 0).any(2).nonzero(as_tuple=True)
-            patch.append(start + rows.cpu())
-            position.append(at.cpu())
-            values.append(change[rows, at])
-        return Deltas.explicit(torch.cat(patch), torch.cat(position), torch.cat(values), len(exchanges))
+        parts = [exchanges[start : start + size] for start in range(0, len(exchanges), size)]
+        return Deltas.joined([Deltas.nonzero(self._changes(run, part, way, reading)) for part in parts])
 
     def _changes(
         self, run: PairRuns, exchanges: list[Exchange], way: Direction, reading: int
@@ -199,16 +193,14 @@ class HeadPart(Part):
         else:
             before = self._z_with(run, way, reading, run.ways[way][0].activations[self._read][None])[0]
             after = self._z_with(run, way, reading, exchanged)
-        length = len(before)
-        reach = _mask(
-            torch.zeros(len(exchanges), *before.shape[:2], dtype=torch.bool, device=before.device),
-            (
-                (row, at, head)
-                for row, exchange in enumerate(exchanges)
-                for at in self._reach(run.tokens(way, exchange.span), length)
-                for head in self._readers(exchange.head)
-            ),
-        )
+        places = [
+            (row, at, head)
+            for row, exchange in enumerate(exchanges)
+            for at in self._reach(run.tokens(way, exchange.span), len(before))
+            for head in self._readers(exchange.head)
+        ]
+        reach = torch.zeros(len(exchanges), *before.shape[:2], dtype=torch.bool, device=before.device)
+        reach[tuple(torch.tensor(places).T.to(before.device))] = True
         return ((after - before) * reach[..., None]).flatten(2)
 
     def _z_with(self, run: PairRuns, way: Direction, reading: int, values: torch.Tensor) -> torch.Tensor:
@@ -282,12 +274,6 @@ class NeuronPart(DictionaryPart):
 
     def _naming(self, neuron: int, position: Position) -> Node:
         return Node(self.dictionary.reads, "neuron", neuron, position)
-
-
-def _mask(mask: Bool[torch.Tensor, "..."], places: Iterable[tuple[int | None, ...]]) -> Bool[torch.Tensor, "..."]:
-    """Return the mask with these places set to True."""
-    mask[tuple(torch.tensor(list(places)).T.to(mask.device))] = True
-    return mask
 
 
 def component_study(

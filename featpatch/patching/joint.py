@@ -107,9 +107,7 @@ class JointPart(Part):
         found: dict[tuple[int, Direction, int], Deltas] = {}
         for places in together.values():
             for (run, way, reading), change in zip(places, self._changes(places), strict=True):
-                position = (change != 0).any(1).nonzero()[:, 0]
-                patch = torch.zeros(len(position), dtype=torch.long)
-                found[id(run), way, reading] = Deltas.explicit(patch, position.cpu(), change[position], 1)
+                found[id(run), way, reading] = Deltas.nonzero(change[None])
 
         def of_pair(run: PairRuns) -> list[Block]:
             every = {way: [found[id(run), way, reading] for reading in range(len(run.bases[way]))] for way in run.ways}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class EdgePart(Part):
 
     def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
         """Return the patches of each pair by receiver."""
-        return [run.once(self, partial(self._of_pair, run)) for run in runs]
+        return [self._of_pair(run) for run in runs]
 
     def count(self, run: PairRuns) -> int:
         """Return the number of edges whose sender differs between the runs."""
@@ -102,8 +102,7 @@ class EdgePart(Part):
 def _deltas(change: torch.Tensor, first: int) -> Deltas:
     """Return one patch per row, after setting changes before position `first` to 0."""
     change[:, :first] = 0
-    patch, position = (change != 0).any(2).nonzero(as_tuple=True)
-    return Deltas.explicit(patch.cpu(), position.cpu(), change[patch, position], len(change))
+    return Deltas.nonzero(change)
 
 
 Nodes = Effects | Sequence[Node | str]

@@ -103,8 +103,8 @@ class SetPart(DictionaryPart):
 
 def _deltas(changes: Float[torch.Tensor, "sets span d"], span: Int[torch.Tensor, " span"]) -> Deltas:
     """Return one patch per set, covering the positions at which the set changes anything."""
-    patch, place = (changes != 0).any(2).nonzero(as_tuple=True)
-    return Deltas.explicit(patch.cpu(), span[place.cpu()], changes[patch, place], len(changes))
+    deltas = Deltas.nonzero(changes)
+    return replace(deltas, position=span[deltas.position])
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class SummedPart(Part):
             wanted = frozenset(node for nodes in self.patches.values() for node in nodes)
             return keep((block for part in self.parts for block in part.blocks([run])[0]), wanted)
 
-        return run.once((self, "alone"), find)
+        return run.once(self, find)
 
     @staticmethod
     def _differing(blocks: Iterable[Block]) -> dict[Node, frozenset[str]]:

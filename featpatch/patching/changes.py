@@ -2,8 +2,8 @@
 
     x' = x_b + dec(f_b with f_s in S) - dec(f_b)  [+ e_s - e_b  if the error node is in S]
 
-A `Contrast` says which run is the base b, which is patched, and which is the source s of the values. With b corrupted and s
-clean this is denoising, the other way round noising. A `Difference` compares the two feature by feature. If features have fixed
+`Ways` say which run is the base b, which is patched, and which is the source s of the values. With b corrupted and s clean this
+is denoising, the other way round noising. A `Difference` compares the two feature by feature. If features have fixed
 directions (see `Behaviour.linear`), the delta of a single feature is a multiple of its direction, times the gain of the base
 run's state if the dictionary has one; otherwise each delta is computed by the definition. The error node includes the state of
 the decoder (see `Dictionary.change`). A `Part` says which nodes are patched.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -137,7 +137,7 @@ def with_directions(differences: Sequence[Difference]) -> list[Difference]:
     ]
 
 
-def split_ways(dictionary: Dictionary, ways: Ways, first: int) -> dict[Direction, tuple[Split, Split]]:
+def split_ways(dictionary: Dictionary, ways: Ways, first: int) -> Splits:
     """Return base and source of each direction, split into features and error from position `first` on."""
     start = first if dictionary.behaviour.rowwise else 0
     runs: list[Run] = list(dict.fromkeys(run for both in ways.values() for run in both))
@@ -254,23 +254,17 @@ def feature_patches(difference: Difference, wanted: Wanted, naming: Naming, comb
             indices, patch = difference.feature[entries].unique(return_inverse=True)
             nodes = tuple(naming(feature, position) for feature in indices.tolist())
             deltas = difference.deltas(entries, patch, len(nodes))
-            found.append((nodes, _by_output(dictionary, deltas, group), combine))
+            parts = by_output(dictionary, {way: of_way.directions for way, of_way in deltas.items()})
+            written = {
+                site: {way: [replace(of_way, directions=parts[site][way])] for way, of_way in deltas.items()}
+                for site in dictionary.outputs[group:]
+            }
+            found.append((nodes, written, combine))
     return found
 
 
-def _by_output(
-    dictionary: Dictionary, deltas: Mapping[Direction, Deltas], group: int
-) -> dict[str, dict[Direction, list[Deltas]]]:
-    """Return the deltas at each hook point to which a group of features writes, for all readings."""
-    parts = {way: dictionary.by_output(of_way.directions) for way, of_way in deltas.items()}
-    return {
-        site: {way: [replace(of_way, directions=parts[way][site])] for way, of_way in deltas.items()}
-        for site in dictionary.outputs[group:]
-    }
-
-
 def whole_patches(
-    site: str, kind: str, changes: Mapping[str, Change], wanted: Wanted, sae: str = "", combine: Combine = "add"
+    site: str, kind: Kind, changes: Mapping[str, Change], wanted: Wanted, sae: str = "", combine: Combine = "add"
 ) -> Patches:
     """Return one patch per requested position, which makes the whole change there.
 
@@ -291,7 +285,7 @@ def whole_patches(
         if changed:
             patch += [len(nodes)] * len(changed)
             position += changed
-            nodes.append(Node(site, cast(Kind, kind), None, name, sae))
+            nodes.append(Node(site, kind, None, name, sae))
     where, numbers = torch.tensor(position, dtype=torch.long), torch.tensor(patch, dtype=torch.long)
     deltas = {
         hook: {

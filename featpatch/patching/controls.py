@@ -11,9 +11,10 @@ from featpatch.engine.patches import Block, Deltas
 from featpatch.errors import FeatpatchError, check_numbers, decimal
 from featpatch.metrics import Metrics
 from featpatch.nodes import DIRECTIONS, Direction, Effect, Node, Position
+from featpatch.pairs.pair import Positions
 from featpatch.pairs.pairs import Pairs
 from featpatch.patching.changes import Difference, as_blocks, with_directions
-from featpatch.patching.features import DictionaryPart, single_study
+from featpatch.patching.features import DictionaryPart, feature_study
 from featpatch.patching.runs import PairRuns
 from featpatch.untrusted import visible
 
@@ -89,7 +90,11 @@ def random_controls(
     """
     check_numbers(1, n=n)
     check_numbers(0, seed=seed)
-    study, dictionary = single_study(model, sae, pairs, position, directions=directions, metric=metric, batch_rows=batch_rows)
+    at: Positions = "all" if position == "all" else [position]
+    study, found = feature_study(model, sae, pairs, positions=at, directions=directions, metric=metric, batch_rows=batch_rows)
+    if len(found) != 1:
+        raise FeatpatchError(f"there are {len(found)} SAEs: expected exactly one; call this function once per SAE")
+    (dictionary,) = found
     if feature is not None:
         check_numbers(0, feature=feature)
         if feature >= dictionary.d_sae:
@@ -154,8 +159,9 @@ class RandomPart(DictionaryPart):
         site, count = self.dictionary.writes, len(entries)
         nodes = tuple(Node(site, "random", number, self.position, self.dictionary.name) for number in range(self.n))
         deltas = {}
-        for way, deltas_of_way in own.items():
-            signed = deltas_of_way.values().norm(dim=1) * difference.value[way][entries.to(difference.value[way].device)].sign()
+        for way, of_way in own.items():
+            value = difference.value[way]
+            signed = of_way.values().norm(dim=1) * value[entries.to(value.device)].sign()
             deltas[way] = [
                 Deltas(
                     patches=self.n,

@@ -11,9 +11,8 @@ from typing import Any
 from typing_extensions import Unpack
 
 from featpatch.engine.patches import Block
-from featpatch.errors import FeatpatchError
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import Combine, Node, Position
+from featpatch.nodes import Combine, Kind, Node
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.changes import (
     Change,
@@ -104,11 +103,12 @@ class FeaturePart(Part):
         """Return what patches of a dictionary mean, which makes a difference only if it writes to several hook points."""
         return (self.combine or dictionary.combine) if len(dictionary.outputs) > 1 else "add"
 
-    def _whole(self, run: PairRuns) -> Iterator[tuple[str, str, dict[str, Change], str, Combine]]:
+    def _whole(self, run: PairRuns) -> Iterator[tuple[str, Kind, Mapping[str, Change], str, Combine]]:
         """Yield the arguments of `whole_patches` for all features, the error and the activation, by hook point and together."""
         activations = {site: whole_change(site, run.ways, run.first) for site in self.sites}
         for dictionary in self.dictionaries:
             found, name, combine = self._differences(run)[dictionary.name], dictionary.name, self._meaning(dictionary)
+            kinds: dict[Kind, Mapping[str, Change]]
             kinds = {"all_features": by_output(dictionary, found.features), "error": by_output(dictionary, found.error)}
             for kind, changes in kinds.items():
                 yield from ((site, kind, {site: change}, name, combine) for site, change in changes.items())
@@ -122,14 +122,13 @@ class FeaturePart(Part):
             found = {d.name: Difference.of(d, run.ways, run.first) for d in self.dictionaries}
             if self.only is None:
                 return found
-            return {name: difference.keep(self._features(name)) for name, difference in found.items()}
+            return {d.name: found[d.name].keep(self._features(d)) for d in self.dictionaries}
 
         return run.once(self, find)
 
-    def _features(self, name: str) -> list[int]:
+    def _features(self, dictionary: Dictionary) -> list[int]:
         """Return the features of a dictionary that are among the nodes of `only`."""
-        (dictionary,) = (each for each in self.dictionaries if each.name == name)
-        return [dictionary.number(node) for node in self.only or () if node.sae == name and node.index is not None]
+        return [dictionary.number(node) for node in self.only or () if node.sae == dictionary.name and node.index is not None]
 
 
 def feature_study(
@@ -156,25 +155,6 @@ def feature_study(
     if combined := combined_by(found, combine, joint=joint):
         about["combine"] = combined
     return Study.of(lens, [FeaturePart(found, only, combine)], about, pairs, **options), found
-
-
-def single_study(
-    model: Any, sae: Any, pairs: Pairs, position: Position, **options: Unpack[Options]
-) -> tuple[Study, Dictionary]:
-    """Return a validated experiment with the features of one dictionary at one position, and the dictionary.
-
-    Args:
-        position: replaces `positions`.
-        model, sae, pairs, options: as in `feature_study`.
-
-    Raises:
-        FeatpatchError: there are several dictionaries, or the input is unusable.
-    """
-    asked: Options = {**options, "positions": "all" if position == "all" else [position]}
-    study, found = feature_study(model, sae, pairs, **asked)
-    if len(found) != 1:
-        raise FeatpatchError(f"there are {len(found)} SAEs: expected exactly one; call this function once per SAE")
-    return study, found[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -159,8 +159,8 @@ class Study:
             draw = partial(self._draw, journal=journal, executor=executor, progress=progress)
             return over_draws(noise, draw, self.metadata)
         survey = self._survey()
-        for name, of_clean, of_corrupted in zip(self.measures.names, survey[0].T, survey[1].T, strict=True):
-            if self.metadata["unit"] == "gap":
+        if self.metadata["unit"] == "gap":
+            for name, of_clean, of_corrupted in zip(self.measures.names, survey[0].T, survey[1].T, strict=True):
                 check_gap(name, of_clean, of_corrupted)
         return self._swept(survey, journal, executor, progress=progress)
 

@@ -175,10 +175,7 @@ def top_k_curve(
     single_features = partial(feature_study, model, saes, combine=combine, joint=True, **options)
     study, found = single_features(pairs)
     single = study.complete(progress=progress)
-    ranking = single
-    if rank_on is not None:
-        others, _ = single_features(rank_on)
-        ranking = others.complete(progress=progress)
+    ranking = single if rank_on is None else single_features(rank_on)[0].complete(progress=progress)
     features: dict[Key, list[Node]] = {}
     for node in ranking.top(len(ranking), by=by, kind="feature").nodes:
         best = features.setdefault((ALL if across else node.sae, node.position), [])

@@ -4,7 +4,7 @@ Each node is measured against the unpatched runs once, whatever the number of pa
 moves what arrives downstream, `combine` says whether changes are added to it or replace it (see `engine.patches`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -29,12 +29,12 @@ class SummedPart(Part):
     Attributes:
         parts: parts that patch each of the nodes alone.
         patches: the nodes of each patch, by the node that names it.
-        meaning: what a patch at several hook points means.
+        combine: what a patch at several hook points means.
     """
 
     parts: Sequence[Part]
     patches: Mapping[Node, Sequence[Node]]
-    meaning: Combine
+    combine: Combine
 
     @property
     def complete(self) -> bool:
@@ -64,11 +64,11 @@ class SummedPart(Part):
     @property
     def patched(self) -> list[tuple[tuple[str, ...], Combine]]:
         """The hook points that a patch can change together: all of them."""
-        return [(tuple(self.sites), self.meaning)]
+        return [(tuple(self.sites), self.combine)]
 
     def count(self, run: PairRuns) -> int:
         """Return the number of patches in which a value differs between the runs of a pair."""
-        differing = self._differing(self._alone(run))
+        differing = self._written(run)
         return sum(any(node in differing for node in nodes) for nodes in self.patches.values())
 
     def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
@@ -84,17 +84,15 @@ class SummedPart(Part):
 
         return run.once(self, find)
 
-    @staticmethod
-    def _differing(blocks: Iterable[Block]) -> dict[Node, frozenset[str]]:
-        """Return the hook points that patches of the nodes change, for the nodes that differ between the runs."""
-        return {node: frozenset(block.deltas) for block in blocks for node in block.nodes}
+    def _written(self, run: PairRuns) -> dict[Node, frozenset[str]]:
+        """Return the hook points that each node changes, for the nodes that differ between the runs of a pair."""
+        return {node: frozenset(block.deltas) for block in self._alone(run) for node in block.nodes}
 
     def _of_pair(self, run: PairRuns) -> list[Block]:
-        single = self._alone(run)
-        writes = self._differing(single)
+        single, written = self._alone(run), self._written(run)
         alike: dict[frozenset[str], list[Node]] = {}
         for name, nodes in self.patches.items():
-            hooks = frozenset(hook for node in nodes for hook in writes.get(node, ()))
+            hooks = frozenset(hook for node in nodes for hook in written.get(node, ()))
             if hooks:
                 alike.setdefault(hooks, []).append(name)
         return [block for hooks, names in alike.items() for block in self._together(run, single, tuple(names), hooks)]
@@ -110,7 +108,7 @@ class SummedPart(Part):
                 way: [_summed(member, [block.deltas[site] for block in here if block.run is base]) for base in run.bases[way]]
                 for way in run.ways
             }
-        return as_blocks(run, names, deltas, self.meaning, by_token=True)
+        return as_blocks(run, names, deltas, self.combine, by_token=True)
 
 
 def _summed(member: Bool[torch.Tensor, "patches nodes"], changes: Sequence[Deltas]) -> Deltas:

@@ -243,15 +243,10 @@ class _Sides:
         """Return what each part of the residual stream at a position adds to the query or key; biases go to the last part."""
         layer, x = self.layer, self.x[at]
         norm = layer.norm1
-        inputs = vectors if norm is None else norm.scaled(vectors, x[None])
-        if norm is not None and norm.bias is not None:
-            inputs = torch.cat([inputs[:-1], inputs[-1:] + wide(norm.bias).to(x)])
+        inputs = vectors if norm is None else _biased(norm.scaled(vectors, x[None]), norm.bias)
         projection, inner = (layer.query, layer.query_norm) if side == "query" else (layer.key, layer.key_norm)
         weight, bias = self._of_head(projection)
-        found = inputs @ weight
-        if bias is not None:
-            found = torch.cat([found[:-1], found[-1:] + bias])
-        return self._placed(found, inner, at)
+        return self._placed(_biased(inputs @ weight, bias), inner, at)
 
     def scores(self, query: int) -> Float[torch.Tensor, " pos"]:
         """Return the scores of all keys at a query position, without a soft-cap or mask."""
@@ -263,10 +258,7 @@ class _Sides:
     def _placed(self, x: Heads, norm: Norm | None, at: int) -> Heads:
         """Norm parts of a query or key, with the scale of their sum, and rotate them."""
         if norm is not None:
-            whole = x.sum(0, keepdim=True)
-            x = norm.scaled(x, whole)
-            if norm.bias is not None:
-                x = torch.cat([x[:-1], x[-1:] + wide(norm.bias).to(x)])
+            x = _biased(norm.scaled(x, x.sum(0, keepdim=True)), norm.bias)
         rotation = self.layer.rotation
         if rotation is None:
             return x
@@ -277,12 +269,16 @@ class _Sides:
         d_head = self.layer.d_head
         number = self._shared(projection.weight.shape[1] // d_head)
         own = slice(number * d_head, (number + 1) * d_head)
-        bias = None if projection.bias is None else wide(projection.bias)[own].to(self.x)
-        return wide(projection.weight)[:, own].to(self.x), bias
+        return wide(projection.weight)[:, own].to(self.x), None if projection.bias is None else projection.bias[own]
 
     def _shared(self, heads: int) -> int:
         """Return the number of a head among queries or among keys, which several heads may share."""
         return self.head * heads // (self.layer.query.weight.shape[1] // self.layer.d_head)
+
+
+def _biased(parts: Float[torch.Tensor, "parts d"], bias: torch.Tensor | None) -> Float[torch.Tensor, "parts d"]:
+    """Return parts of a sum with a bias added to the last of them."""
+    return parts if bias is None else torch.cat([parts[:-1], parts[-1:] + wide(bias).to(parts)])
 
 
 def _check_pattern(lens: Lens, layer: Layer, scores: torch.Tensor, pattern: torch.Tensor) -> None:

@@ -137,7 +137,7 @@ def test_tables_and_errors() -> None:
         fp.graph_effects(demo.model, demo.clt, graph, progress=False)
 
 
-@pytest.mark.parametrize("half", ["ablations", "swaps"])
+@pytest.mark.parametrize("half", ["ablations", "patches"])
 def test_an_interrupted_call_resumes(half: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = EVERY["bridge"]["gpt2"]()
     given, tokens = transcoders(model), prompt(5)[0].tolist()

@@ -78,7 +78,7 @@ def circuits(folder: Path) -> list[Any]:
 
 
 def graphs(folder: Path) -> list[Any]:
-    """The exact effects of a graph's nodes, by ablation and by swaps, in two journals."""
+    """The exact effects of a graph's nodes, by ablation and with corrupted values, in two journals."""
     pair = fp.Pair(graph().prompt, tuple(small().corrupted[0].tolist()), (3,), (7,))
     found = fp.graph_effects(
         small().model, given(), graph(), pair=pair, edges=2, journal=folder / "journal", progress=False

@@ -319,10 +319,10 @@ def count_nodes(blocks: Iterable[Block]) -> int:
 
 
 class Part(ABC):
-    """Nodes that are patched, as a dataclass; results that it caches are not pickled for workers."""
+    """Nodes that are patched, as a dataclass. Results that it caches are left out when it is sent to workers."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)  # type: ignore[arg-type]
+        return type(self), tuple(getattr(self, each.name) for each in fields(self))  # type: ignore[arg-type]
 
     @property
     def owners(self) -> Sequence[Dictionary]:

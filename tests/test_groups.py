@@ -330,7 +330,7 @@ def test_groups_that_do_not_fit_into_circuits(small: Small) -> None:
         )
 
 
-def test_ctrl_c_is_passed_on(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_is_passed_on(small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Groups of a part of the effects would be wrong, so that there are none."""
     from dataclasses import replace
 
@@ -340,7 +340,16 @@ def test_ctrl_c_is_passed_on(small: Small, monkeypatch: pytest.MonkeyPatch) -> N
         effects = fp.rank_nodes(*args, **options)
         return replace(effects, metadata={**effects.metadata, "finished": False})
 
-    _, effects = ranked(small)
+    saes, effects = ranked(small)
     monkeypatch.setattr(groups, "rank_nodes", unfinished)
     with pytest.raises(KeyboardInterrupt, match="pass journal="):
         groups_of(small, effects)
+    with pytest.raises(KeyboardInterrupt, match="resumes from there"):
+        groups_of(small, list(effects.nodes), journal=tmp_path / "journal")
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.alone"]
+    monkeypatch.undo()
+    with pytest.raises(fp.FeatpatchError, match="whose ranking was interrupted"):
+        groups_of(small, unfinished(small.model, pairs_of(small), effects, saes=saes, together=False, progress=False))
+    resumed = groups_of(small, list(effects.nodes), journal=tmp_path / "journal")
+    assert resumed.names == groups_of(small, list(effects.nodes)).names
+    assert {path.name for path in tmp_path.iterdir()} == {"journal", "journal.alone"}

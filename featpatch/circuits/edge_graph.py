@@ -148,8 +148,6 @@ class EdgeGraph(EdgeRuns):
         effects = replace(study(), parts=[part]).run_block(None, progress=False)
         if not effects.finished:
             raise KeyboardInterrupt
-        for run in study().runner.run(range(len(some))):
-            run.found.clear()  # the changes of all edges together would take too much memory
         edges = {Edge.of(sender, receiver): number for number, (receiver, sender) in enumerate(ends)}
         places = np.array([edges[edge] for edge in effects.nodes if isinstance(edge, Edge)], dtype=np.int64)
         found = np.tile(self.whole[list(some)], (len(edges), 1))

@@ -10,6 +10,7 @@ the corrupted run is repaired (interaction < 0: redundant). Members that are onl
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +23,7 @@ from featpatch.effects.selection import measured_effect
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted, is_number
+from featpatch.files import as_path
 from featpatch.frame import Frame, text
 from featpatch.metrics import Metrics
 from featpatch.model.lens import Lens
@@ -204,7 +206,9 @@ def group_features(
             Features without a label are left as groups of their own.
         texts: documents that show what features are active on, for `"coactivation"` and for names; by default the prompts of
             the pairs.
-        directions, metric, combine, batch_rows, journal, executor, progress: as in `rank_nodes`.
+        journal: as in `rank_nodes`; the effects of features that are given as a list are written to a second file,
+            with `.alone` at the end of its name.
+        directions, metric, combine, batch_rows, executor, progress: as in `rank_nodes`.
 
     Returns:
         The groups. Their names are the most frequent labels of their members or, without labels, the words on which most of the
@@ -254,10 +258,17 @@ def group_features(
             elif similarity == "attribution":
                 profiles = attribution_profiles(model, saes, pairs, features, metric, directions, combine, progress=progress)
             else:
-                measured = nodes if isinstance(nodes, Effects) else None
-                if measured is None:
-                    measured = rank_nodes(model, pairs, features, saes=saes, combine=combine, together=False, **options)
-                profiles = effect_profiles(complete(measured, journal), features)
+                alone = nodes
+                if not isinstance(alone, Effects):
+                    first = None if journal is None else f"{as_path(journal)}.alone"
+                    rank = partial(rank_nodes, model, pairs, features, saes=saes, combine=combine, together=False, **options)
+                    alone = complete(rank(journal=first), journal)
+                if not alone.finished:
+                    raise FeatpatchError(
+                        "nodes is a table whose ranking was interrupted: expected effects in all pairs; rank the features to "
+                        "the end first, or choose another similarity"
+                    )
+                profiles = effect_profiles(alone, features)
             keys = clusters(cosines(profiles), least=LEAST if least is None else least, count=size)
         alike: dict[Any, list[Node]] = defaultdict(list)
         for key, node in zip(keys, features, strict=True):

@@ -60,7 +60,8 @@ def check_directions(directions: Any) -> tuple[Direction, ...]:
     Raises:
         FeatpatchError: `directions` is anything but a list of one or both directions.
     """
-    if not isinstance(directions, Sequence) or not directions or not set(directions) <= set(DIRECTIONS):
+    several = isinstance(directions, Sequence) and len(directions)
+    if not several or not all(isinstance(each, str) and each in DIRECTIONS for each in directions):
         raise FeatpatchError(f"directions={directions!r}: expected 'denoising', 'noising' or both, in a list")
     return tuple(direction for direction in DIRECTIONS if direction in directions)
 

@@ -57,12 +57,18 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     "rank_features model": lambda small, pairs, effects, x: fp.rank_features(x, small.at(SITE), pairs),
     "rank_features saes": lambda small, pairs, effects, x: fp.rank_features(small.model, x, pairs),
     "rank_features pairs": lambda small, pairs, effects, x: fp.rank_features(small.model, small.at(SITE), x),
+    "rank_features directions": lambda small, pairs, effects, x: fp.rank_features(
+        small.model, small.at(SITE), pairs, directions=[x]
+    ),
     "rank_paths senders": lambda small, pairs, effects, x: fp.rank_paths(small.model, pairs, senders=x, receivers=[NODE]),
     "rank_nodes": lambda small, pairs, effects, x: fp.rank_nodes(small.model, pairs, x),
     "rank_nodes together": lambda small, pairs, effects, x: fp.rank_nodes(
         small.model, pairs, [NODE], together=x if x and x is not True else 1
     ),
     "rank_nodes to": lambda small, pairs, effects, x: fp.rank_nodes(small.model, pairs, [NODE], to=x or "x", seed=[]),
+    "rank_nodes directions of an ablation": lambda small, pairs, effects, x: fp.rank_nodes(
+        small.model, pairs, [NODE], to="zero", directions=x
+    ),
     "Noise": lambda small, pairs, effects, x: fp.Noise(x if isinstance(x, str | int) else [x]),
     "Noise scale": lambda small, pairs, effects, x: fp.Noise([0], x if x not in (3.5, 10**30, 10**400) else -x),
     "Noise seed": lambda small, pairs, effects, x: fp.Noise([0], seed=x),

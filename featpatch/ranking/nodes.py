@@ -12,7 +12,7 @@ from featpatch.engine.journal import to_resume
 from featpatch.errors import FeatpatchError
 from featpatch.metrics import Metrics
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import DIRECTIONS, Combine, Direction, Node
+from featpatch.nodes import DIRECTIONS, Combine, Direction, Node, check_directions
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.ablation import To, ablation
 from featpatch.patching.changes import Part
@@ -85,14 +85,14 @@ def rank_nodes(
         >>> [str(node) for node in fp.rank_nodes(model, pairs, two, saes=saes, progress=False).nodes]
         ['head and feature together @ S2', '2 nodes together @ (several)']
     """
-    lens, ways = wrap(model), directions
+    lens, ways = wrap(model), check_directions(directions)
 
     def contrast(parts: Sequence[Part]) -> Contrast | None:
         return None if to is None else ablation(lens, parts, check_pairs(pairs), reference, to, seed)
 
     if to is not None:
-        ways = ["noising"] if directions is DIRECTIONS else directions
-        if list(ways) != ["noising"] or noise is not None:
+        ways = ("noising",) if directions is DIRECTIONS else ways
+        if ways != ("noising",) or noise is not None:
             raise FeatpatchError(
                 f"to={to!r} with directions={directions!r} and noise={noise!r}: expected no directions and no noise, because "
                 "ablation acts on the clean run alone; leave them out"

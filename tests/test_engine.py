@@ -8,7 +8,7 @@ import time
 import warnings
 from dataclasses import replace
 from datetime import timedelta
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +30,9 @@ from featpatch.model.facts import digest
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.controls import RandomPart
 from featpatch.patching.features import feature_study
+from featpatch.patching.joint import node_study
 from featpatch.patching.runs import PairRuns, Runner, held
+from featpatch.patching.study import Options
 
 BRIDGED = [fp.Node(f"blocks.{layer}.hook_mlp_out", "activation") for layer in (1, 2)]
 SITES = ("blocks.1.hook_resid_pre", "blocks.1.attn.hook_z")
@@ -508,6 +510,24 @@ def test_runs_are_kept_as_long_as_there_is_room(bridge: Small, monkeypatch: pyte
     assert ran == [0, 1, 2, 3, 4, 2, 3, 4]
     assert runner.room == 50
     assert held([torch.zeros(3), {"a": (torch.zeros(2, dtype=torch.float64), "text")}]) == 3 * 4 + 2 * 8
+
+
+def test_readings_of_an_answer_share_what_patches_change(bridge: Small) -> None:
+    """Three readings in two directions, of nodes among others in a layer, and of prompts of different lengths."""
+    answers: Any = {"correct": (), "wrong": (), "correct_sequences": ((3, 4, 5),), "labels": {"there": 2}}
+    equal = fp.Pairs((fp.Pair((11, 12, 13, 14), (11, 12, 15, 14), **answers),))
+    longer = fp.Pair((11, 12, 13, 14), (11, 16, 12, 15, 14), **answers, corrupted_labels={"there": 3})
+    sae, options = bridge.at("blocks.1.hook_resid_pre"), Options(metric="sequence_log_prob")
+    neurons = [fp.Node("blocks.2.mlp.hook_post", "neuron", index) for index in (3, 7)]
+    for study in (
+        node_study(bridge.model, None, equal, neurons, together=False, **options)[0],
+        feature_study(bridge.model, sae, fp.Pairs((longer,)), positions=["there"], **options)[0],
+    ):
+        (blocks,) = study.parts[0].blocks(study.runner.run([0]))
+        for _, alike in groupby(blocks, key=lambda block: block.nodes):
+            some = list(alike)
+            assert len(some) == 6
+            assert len({id(deltas) for block in some for deltas in block.deltas.values()}) == 2
 
 
 def test_rows_of_a_pass_by_hand(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,10 +192,14 @@ def as_blocks(
         return []
     name, every, found = _name(nodes), torch.arange(len(nodes)), []
     for way, (patched, _) in run.ways.items():
+        of_way = {site: ways[way] for site, ways in deltas.items()}
+        if isinstance(patched, Labelled) and not by_token:
+            of_way = {
+                site: [replace(each, position=patched.tokens[each.position]) for each in several]
+                for site, several in of_way.items()
+            }
         for reading, base in enumerate(run.bases[way]):
-            of_base = {site: ways[way][reading if len(ways[way]) > 1 else 0] for site, ways in deltas.items()}
-            if isinstance(patched, Labelled) and not by_token:
-                of_base = {site: replace(each, position=patched.tokens[each.position]) for site, each in of_base.items()}
+            of_base = {site: several[reading if len(several) > 1 else 0] for site, several in of_way.items()}
             found.append(Block(name, base, of_base, every, combine, nodes))
     return found
 
@@ -203,14 +207,16 @@ def as_blocks(
 def keep(blocks: Iterable[Block], nodes: frozenset[Node]) -> list[Block]:
     """Return the blocks of a pair with only the patches of some nodes, without blocks that have none of them."""
     found: list[Block] = []
-    for every, alike in groupby(blocks, key=lambda block: block.nodes):
+    for every, group in groupby(blocks, key=lambda block: block.nodes):
         some = torch.tensor([patch for patch, node in enumerate(every) if node in nodes], dtype=torch.long)
         kept = tuple(every[patch] for patch in some.tolist())
         if not kept:
             continue
-        name, numbers = _name(kept), torch.arange(len(kept))
+        name, numbers, alike = _name(kept), torch.arange(len(kept)), list(group)
+        shared = {id(each): each for block in alike for each in block.deltas.values()}  # readings share theirs
+        selected = {key: each.select(some) for key, each in shared.items()}
         for block in alike:
-            deltas = {site: each.select(some) for site, each in block.deltas.items()}
+            deltas = {site: selected[id(each)] for site, each in block.deltas.items()}
             found.append(replace(block, name=name, deltas=deltas, patches=numbers, nodes=kept))
     return found
 

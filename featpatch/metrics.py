@@ -285,7 +285,7 @@ def one_metric(metric: Metrics) -> str | Metric:
         FeatpatchError: there are several metrics, or none.
     """
     several = _several(metric)
-    if len(several) != 1:
+    if len(several) != 1 or not (isinstance(several[0], str) or callable(several[0])):
         raise FeatpatchError(f"metric={metric!r}: expected one name or one function; call this once for each metric")
     return several[0]
 

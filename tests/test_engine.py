@@ -509,7 +509,8 @@ def test_runs_are_kept_as_long_as_there_is_room(bridge: Small, monkeypatch: pyte
             runner.run([group])
     assert ran == [0, 1, 2, 3, 4, 2, 3, 4]
     assert runner.room == 50
-    assert held([torch.zeros(3), {"a": (torch.zeros(2, dtype=torch.float64), "text")}]) == 3 * 4 + 2 * 8
+    three = torch.zeros(3)
+    assert held([three, {"a": (torch.zeros(2, dtype=torch.float64), "text")}, three[1:]]) == 3 * 4 + 2 * 8, "memory counts once"
 
 
 def test_readings_of_an_answer_share_what_patches_change(bridge: Small) -> None:

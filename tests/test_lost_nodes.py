@@ -27,18 +27,19 @@ BEFORE = 6
 class Noted:
     """The logit difference; notes in a file the node of each batch that a worker measures.
 
-    Workers elsewhere wait until those of the node that will be lost have measured some batches, and these then wait for the loss.
+    Workers elsewhere wait until those of the node that will be lost have measured some batches, and these then wait for the loss,
+    all for at most a minute.
     """
 
     __name__ = "noted"
 
     def __init__(self, path: Path, lost: str) -> None:
-        self.path, self.lost, self.here = path, lost, os.getpid()
+        self.path, self.lost, self.here, self.start = path, lost, os.getpid(), time.monotonic()
 
     def __call__(self, logits: torch.Tensor, correct: Any, wrong: Any) -> torch.Tensor:
         if os.getpid() != self.here:
-            node, start = ray.get_runtime_context().get_node_id(), time.monotonic()
-            while (self.by_node[self.lost] >= BEFORE) == (node == self.lost) and time.monotonic() - start < 60:
+            node = ray.get_runtime_context().get_node_id()
+            while (self.by_node[self.lost] >= BEFORE) == (node == self.lost) and time.monotonic() - self.start < 60:
                 time.sleep(0.01)
             with self.path.open("a") as file:
                 file.write(f"{node}\n")

@@ -209,6 +209,13 @@ def test_nodes_of_wrong_types(node: dict[str, Any], message: str) -> None:
         fp.Node(**({"site": SITE, "kind": "feature", "index": 1} | node))
 
 
+def test_a_list_within_a_list_is_no_metric(ranked: tuple[Small, fp.Pairs, fp.Effects]) -> None:
+    small, pairs, _ = ranked
+    for call in (fp.find_circuit, fp.rank_components, fp.Gradients):
+        with pytest.raises(fp.FeatpatchError, match=re.escape("metric=[['prob']]: expected")):
+            call(small.model, pairs, metric=[["prob"]])
+
+
 def test_blocks_of_a_huge_size(ranked: tuple[Small, fp.Pairs, fp.Effects], tmp_path: Any) -> None:
     with pytest.raises(fp.FeatpatchError, match="size is an integer of 100 bits"):
         next(iter(fp.Pairs.blocks_from_jsonl(ranked[0].model, tmp_path / "none.jsonl", size=10**30)))

@@ -38,7 +38,7 @@ from scipy.stats import binomtest
 OUT, SECONDS, SEED = Path("build/mutants"), 45, 20261201
 LIBRARIES = ["torch", "sae_lens", "transformer_lens", "transformers", "hypothesis", "beartype", "scipy.stats", "pandas"]
 OPTIONS = ["-oaddopts=", "-q", "-pno:cacheprovider", "-pno:xdist", "-Wignore::pytest.PytestAssertRewriteWarning"]
-SLOW = ["soak", "execution", "demo", "readme", "examples", "devices", "docs", "diagram"]
+SLOW = ["soak", "execution", "lost_nodes", "demo", "readme", "examples", "devices", "docs", "diagram"]
 LONG = (
     "tests/test_engine.py::test_killed_at_random_points_it_resumes_to_the_same_bits",
     "tests/test_command_line.py::test_streams_and_workers",

@@ -279,8 +279,9 @@ def check_labelled(runner: Runner) -> None:
 
 
 def held(what: Any) -> int:
-    """Return the bytes of all tensors in nested dataclasses and containers, without those of dictionaries, which runs share."""
-    return sum(tensor.nbytes for tensor in _tensors(what, set()))
+    """Return the bytes of memory behind all tensors in nested dataclasses and containers, except in dictionaries."""
+    storages = (tensor.untyped_storage() for tensor in _tensors(what, set()))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _tensors(what: Any, seen: set[int]) -> Iterator[torch.Tensor]:

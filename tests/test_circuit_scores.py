@@ -335,6 +335,7 @@ def test_exact_scores_say_their_cost_before_the_start(
     said = capsys.readouterr().err
     count = "262 edges in 3 pairs: at most 786 patches in 13 passes" if over == "edges" else "12 items in 3 pairs"
     assert said.count(count) == 1
+    assert ("786/786" if over == "edges" else "12/12") in said
     assert said.count(" left (estimated from the first ") == 1
     assert said.index(count) < said.index(" left (estimated")
     fp.find_circuit(hooked.model, pairs_of(hooked), **run)

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import featpatch as fp
 from featpatch.engine import sweep as budget
+from featpatch.engine.executor import Executor
 from featpatch.engine.journal import Journal
 from featpatch.engine.patches import Deltas
 from featpatch.engine.suffix import SuffixPath
@@ -184,6 +185,32 @@ def test_other_errors_pass_through(small: Small, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(SuffixPath, "logits", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         study.run(None, progress=False)
+
+
+class Here(Executor):
+    """Runs every batch of every shard in this process."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+
+    def run(self, make: Any, shards: int, book: Any, done: Any) -> None:
+        made = make()
+        for shard in range(shards):
+            for batch in made.batches(shard):
+                self.keys.append(batch.key)
+                book.put(batch.key, made.run(shard, batch.key))
+                done(batch.patches)
+
+
+def test_every_batch_of_every_part_goes_to_the_executor(small: Small, tmp_path: Path) -> None:
+    """What an executor leaves out would be run by the caller without a word."""
+    options: dict[str, Any] = {"sites": ["z", "mlp_out"], "batch_rows": 40, "progress": False}
+    executor = Here()
+    there = fp.rank_components(small.model, pairs_of(small), executor=executor, **options)
+    here = fp.rank_components(small.model, pairs_of(small), journal=tmp_path / "journal", **options)
+    assert len(executor.keys) == len(set(executor.keys)) == (tmp_path / "journal").read_bytes().count(b"\n") - 1
+    assert there.nodes == here.nodes
+    np.testing.assert_allclose(there.denoised, here.denoised, atol=1e-12)
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:

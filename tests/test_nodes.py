@@ -65,6 +65,7 @@ def test_nodes_of_every_kind_alone_and_together(small: Small, tmp_path: Path) ->
     assert [node.index for node in effects.nodes[:-1]] == [node.index for node in nodes]
     check(small, effects, [*([node] for node in nodes), nodes], saes)
     assert str(effects.nodes[-1]) == "12 nodes together @ (several)"
+    assert effects.metadata["sites"] == [], "a node that is not named may have an effect"
     loaded = fp.Effects.load(effects.save(tmp_path / "nodes.safetensors"))
     assert loaded.nodes == effects.nodes
     np.testing.assert_array_equal(loaded.interval("recovery"), effects.interval("recovery"))

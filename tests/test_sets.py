@@ -74,6 +74,13 @@ def test_curves_against_the_oracle(small: Small, kind: str, positions: Any) -> N
         assert len(set(features)) == len(features)
 
 
+def test_the_text_of_a_curve_names_its_largest_set(small: Small) -> None:
+    curve = fp.top_k_curve(small.model, small.at(SITE), pairs_of(small), positions=[6], most=5, progress=False)
+    assert list(curve.table()["k"]) == [1, 2, 3, 4, 5]
+    last = curve.table().iloc[-1]
+    assert f"5 sets, recovery {last['recovery']:.2g}, degradation {last['degradation']:.2g} with the top 5" in repr(curve)
+
+
 def test_all_features_of_the_curve_are_all_features(small: Small) -> None:
     """The law at the end of the curve; and the table beside it."""
     curve = fp.top_k_curve(small.model, small.at(SITE), pairs_of(small), positions=[3, 6], most=99, progress=False)

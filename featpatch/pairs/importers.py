@@ -16,7 +16,7 @@ from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import AnswerTokens, Tokenizer
 
 
-def auto_circuit(tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> tuple[Pair, ...]:
+def auto_circuit(tokenizer: Tokenizer, path: str | Path, *, skip: bool) -> tuple[Pair, ...]:
     """Read the pairs of an auto-circuit file, which is JSON; `word_idxs` become labels."""
     expected = "a JSON object with a list of prompts"
     text = read(path, "a JSON file", expected)
@@ -81,7 +81,7 @@ IDS = (
 YEAR = ("label",)
 
 
-def eap_ig(tokenizer: Tokenizer, path: str | Path, *, corrupted: str = "corrupted", skip: bool = False) -> tuple[Pair, ...]:
+def eap_ig(tokenizer: Tokenizer, path: str | Path, *, corrupted: str, skip: bool) -> tuple[Pair, ...]:
     """Read the pairs of an EAP-IG file, which is CSV; the columns determine the task, and other columns are not read.
 
     Args:
@@ -152,7 +152,7 @@ def _years(tokenizer: Tokenizer, clean: str, year: int) -> tuple[list[int], list
 FIELDS = ("clean_prefix", "patch_prefix", "clean_answer", "patch_answer")
 
 
-def feature_circuits(tokenizer: Tokenizer, path: str | Path, *, skip: bool = False) -> tuple[Pair, ...]:
+def feature_circuits(tokenizer: Tokenizer, path: str | Path, *, skip: bool) -> tuple[Pair, ...]:
     """Read the pairs of a feature-circuits file, which is JSON lines; `clean_answer` is correct, `patch_answer` wrong."""
     rows = json_lines(path, FIELDS)
     each(_check_feature_circuits, rows.values, where=rows.where)

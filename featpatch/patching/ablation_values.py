@@ -108,12 +108,11 @@ class Filled(Run):
         return value.to(like).expand_as(like)
 
     def split(self, dictionary: Dictionary, start: int) -> Split:
-        """Return ablation values of features and error from position `start` on, with the state of the original run."""
+        """Return ablation values of features and error, with the state of the original run."""
+        assert start == 0, "ablated runs may differ at every position"
         like = Run(self.activations).split(dictionary, start)
-        length = start + like.features.shape[1]
-        found = self.ablation_values.values(dictionary, (like.features[0], like.error[0]), length)
-        features, error = (value[-(length - start) :] if value.ndim > 1 else value for value in found)
-        features, error = features.to(like.features), error.to(like.error)
+        found = self.ablation_values.values(dictionary, (like.features[0], like.error[0]), like.features.shape[1])
+        features, error = (value.to(each) for value, each in zip(found, (like.features, like.error), strict=True))
         return replace(like, features=features.expand_as(like.features), error=error.expand_as(like.error))
 
 

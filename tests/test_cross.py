@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from small import LAYERS, WIDTH, Small, small_bridge, small_hooked
 
 import featpatch as fp
-from featpatch.sae import cross_formats, loading
+from featpatch.sae import cross_codec, cross_formats, loading
 from featpatch.sae.cross_codec import CrossCodec
 
 EXACT = 1e-10
@@ -278,6 +278,22 @@ def simple_clt(**options: Any) -> Any:
     weights = {"W_enc": random(LAYERS, FEATURES, WIDTH), "b_enc": random(LAYERS, FEATURES), "b_dec": random(LAYERS, WIDTH),
                "W_dec": [random(FEATURES, LAYERS - layer, WIDTH) for layer in range(LAYERS)]}  # fmt: skip
     return fp.dictionaries.CrossLayerTranscoder(**{**weights, "hook": MID, "hook_out": MLP_OUT, **options})
+
+
+def test_a_digest_reads_so_many_values_of_each_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In evenly spaced rows, which are narrower in the encoders than in the decoders of early layers."""
+    monkeypatch.setattr("featpatch.sae.cross_codec.HASHED", 3 * WIDTH)
+    read, values_of = [], cross_codec.values_of
+
+    def noted(matrix: Any, rows: torch.Tensor) -> torch.Tensor:
+        read.append(rows.tolist())
+        return values_of(matrix, rows)
+
+    monkeypatch.setattr(cross_codec, "values_of", noted)
+    codec_of(simple_clt()).digest()
+    last = FEATURES - 1
+    three = [0, last // 2, last]
+    assert read == [three, [0], three, [0], three, three]
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,10 @@ def test_tokens_are_shown_if_all_clean_prompts_are_the_same(demo: Any, pairs: fp
     words = demo.model.tokenizer.convert_ids_to_tokens(pairs[0].clean)
     assert list(one.plot.heatmap().data[0].x) == [f"{at} {word!r}" for at, word in enumerate(words)][1:]
     assert "tokens" not in each.metadata
+    for order in (1, -1):
+        several = fp.Pairs(tuple(sorted(pairs, key=lambda pair: pair.clean)[::order]))
+        found = fp.rank_components(demo.model, several, sites="resid_pre", layers=[2], positions=["end"], progress=False)
+        assert "tokens" not in found.metadata
 
 
 def test_positions_from_the_end_of_prompts_of_unequal_length(demo: Any, pairs: fp.Pairs) -> None:

@@ -256,7 +256,7 @@ def test_default_scores(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert "scores='exact'" in repr(fp.find_circuit(small.model, pairs_of(small), **run, progress=False))
 
 
-def test_a_circuit_is_refined_item_by_item(tmp_path: Path) -> None:
+def test_a_circuit_is_refined_item_by_item(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`refine` equals a plain loop from the output down, also after saving and loading."""
     small = small_hooked()
     found = fp.find_circuit(small.model, pairs_of(small), size=40, **OPTIONS)
@@ -275,7 +275,9 @@ def test_a_circuit_is_refined_item_by_item(tmp_path: Path) -> None:
     assert refined.faithfulness == pytest.approx(now, abs=1e-12)
     assert "scores='estimate', refined at 0.03)" in repr(refined)
     loaded = fp.load_circuit(refined.save(tmp_path / "c.json"), small.model, pairs_of(small))
+    capsys.readouterr()
     assert loaded.items == loaded.again(pairs_of(small)).items == refined.again(pairs_of(small)).items == refined.items
+    assert capsys.readouterr().err == "", "a repeated search shows no progress"
     for wrong in (0.0, -0.1, float("nan")):
         with pytest.raises(fp.FeatpatchError, match="expected a finite fraction of the behaviour above 0"):
             found.refine(threshold=wrong)

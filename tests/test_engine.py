@@ -520,7 +520,11 @@ def test_a_long_sweep_is_announced_after_its_first_batch(
 
 
 def test_runs_are_kept_as_long_as_there_is_room(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups of 100 bytes, then of 300; the latest one is kept beside."""
+    """Groups of 100 bytes, then of 300; the latest one is kept beside. There is an eighth of the free memory, or a gibibyte."""
+    for free, room in ((800, 100), (2**40, 2**30)):
+        monkeypatch.setattr("featpatch.patching.study.free_memory", lambda device, free=free: free)
+        study, _ = feature_study(bridge.model, bridge.at(SITES[0]), pairs_of(bridge))
+        assert study.runner.room == room
     ran: list[int] = []
 
     def run(self: Runner, some: tuple[int, ...]) -> Any:

@@ -143,11 +143,7 @@ class JointPart(Part):
             replace(of_site[0], columns=torch.stack([g.columns for g in of_site]), rest=torch.stack([g.rest for g in of_site]))
             for of_site in zip(*(self._of(run) for run, _, _ in places), strict=True)
         ]
-        change = self._leaving(places, groups) - self._leaving(places, [])
-        if self.lens.causal:
-            for row, (run, _, _) in zip(change, places, strict=True):
-                row[: run.first] = 0
-        return change
+        return self._leaving(places, groups) - self._leaving(places, [])
 
     def _leaving(self, places: Sequence[Place], groups: Sequence[Chosen]) -> Float[torch.Tensor, "places pos d_model"]:
         """Return the residual stream that leaves the last layer of base runs in which the values of some groups are set."""

@@ -113,6 +113,7 @@ def test_curves_are_those_of_the_mib_benchmark(to: Any) -> None:
         faithful = [(metric(kept) - nothing) / (whole - nothing) for kept in circuits]
         assert found.sizes == tuple(int(share * len(edges)) for share in SHARES)
         assert found.edges.tolist() == [len(kept) for kept in circuits]
+        assert (found.low[0], found.high[0], found.low[-1], found.high[-1]) == pytest.approx((0, 0, 1, 1))
         np.testing.assert_allclose(found.faithfulness, faithful, atol=1e-9)
         assert 0 < len(circuits[-3]) < found.sizes[-3]  # some edges dangle
         under = above = 0.0

@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from small import LAYERS, WIDTH, Small, small_bridge, small_hooked
 
 import featpatch as fp
+from featpatch.model.transformer_lens import wrap
 from featpatch.sae import cross_codec, cross_formats, loading
 from featpatch.sae.cross_codec import CrossCodec
+from featpatch.sae.dictionary import dictionaries
 
 EXACT = 1e-10
 FEATURES = 5
@@ -278,6 +280,17 @@ def simple_clt(**options: Any) -> Any:
     weights = {"W_enc": random(LAYERS, FEATURES, WIDTH), "b_enc": random(LAYERS, FEATURES), "b_dec": random(LAYERS, WIDTH),
                "W_dec": [random(FEATURES, LAYERS - layer, WIDTH) for layer in range(LAYERS)]}  # fmt: skip
     return fp.dictionaries.CrossLayerTranscoder(**{**weights, "hook": MID, "hook_out": MLP_OUT, **options})
+
+
+def test_a_crosscoder_that_writes_to_two_hook_points_has_no_single_one() -> None:
+    made = simple_crosscoder(
+        W_enc=random(1, WIDTH, FEATURES), W_dec=random(2, FEATURES, WIDTH), b_dec=random(2, WIDTH), hook=STREAM[:1],
+        hook_out=MLP_OUT[:2],
+    )  # fmt: skip
+    (dictionary,) = dictionaries(wrap(small_bridge().model), made)
+    assert dictionary.outputs == tuple(MLP_OUT[:2])
+    with pytest.raises(fp.FeatpatchError, match="reads 1 hook points and writes 2"):
+        dictionary.writes  # noqa: B018
 
 
 def test_a_digest_reads_so_many_values_of_each_matrix(monkeypatch: pytest.MonkeyPatch) -> None:

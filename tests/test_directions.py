@@ -88,5 +88,16 @@ def test_a_feature_named_often(small: Small) -> None:
         torch.testing.assert_close(dictionary.directions(features), expected[features])
 
 
+def test_a_direction_without_negative_entries_is_patched(small: Small) -> None:
+    pairs = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
+    found = fp.rank_features(
+        small.model,
+        fp.direction(torch.linspace(0.1, 1, 16, dtype=torch.float64), "blocks.1.hook_resid_pre"),
+        pairs,
+        progress=False,
+    )
+    assert abs(found.where(kind="feature").pooled("recovery")[0]) > 1e-3
+
+
 def test_dictionaries_of_ours_have_names_that_can_be_read() -> None:
     assert repr(fp.direction(torch.ones(4), "hook", name="answer")) == "dictionary at answer (hook), width 4"

@@ -13,6 +13,7 @@ from small import Small
 from test_statistics import made
 
 import featpatch as fp
+from featpatch.effects.collector import without_folder
 from featpatch.errors import decimal
 
 SITE = "blocks.1.hook_resid_pre"
@@ -221,3 +222,17 @@ def test_no_minus_zero() -> None:
     numbers = (-0.001, 0.0, -0.005001, -0.1, float("nan"), float("-inf"), -10.0)
     assert [decimal(number) for number in numbers] == ["0.00", "0.00", "-0.01", "-0.10", "nan", "-inf", "-10.00"]
     assert [decimal(number, ".0%") for number in (-0.001, -0.1, -1.0)] == ["0%", "-10%", "-100%"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("org/model", "org/model"),
+        ("/a/b/model", "model"),
+        ("../model", "model"),
+        ("~/a/model", "model"),
+        (r"C:\a\model", "model"),
+    ],
+)
+def test_names_in_files_have_no_folder_of_this_machine(name: str, kept: str) -> None:
+    assert without_folder(name) == kept

@@ -313,6 +313,19 @@ def test_a_sweep_whose_patch_does_not_fire(bridge: Small, monkeypatch: pytest.Mo
         fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge))
 
 
+def test_a_sweep_whose_patch_fires_twice(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    resume = BridgeLens.resume
+
+    def again(lens: BridgeLens, *args: Any) -> torch.Tensor:
+        resume(lens, *args)
+        return resume(lens, *args)
+
+    monkeypatch.setattr(BridgeLens, "resume", again)
+    message = f"the hook '{SITE}' was called 2 times in one forward pass: expected once"
+    with pytest.warns(fp.SlowPathWarning, match=message), pytest.raises(fp.FeatpatchError, match=message):
+        fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge))
+
+
 def test_an_effects_file_that_is_none(tmp_path: Any) -> None:
     with pytest.raises(fp.FeatpatchError, match="there is no effects file"):
         fp.Effects.load(tmp_path / "none.safetensors")

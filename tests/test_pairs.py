@@ -466,6 +466,12 @@ def test_spaces_around_a_label_do_not_count(tokenizer: Callable[[], Any]) -> Non
     assert (pair.labels["e"], pair.labels["f"], pair.labels["g"]) == ((1,), (1,), 5)
 
 
+def test_several_answers_of_each_pair_in_a_tensor() -> None:
+    given: dict[str, Any] = {"clean": torch.tensor([[1, 2], [1, 3]]), "corrupted": torch.tensor([[1, 4], [1, 5]])}
+    pairs = fp.Pairs.from_tokens(**given, correct=torch.tensor([[6, 7], [8, 9]]), wrong=torch.tensor([10, 11]))
+    assert [(pair.correct, pair.wrong) for pair in pairs] == [((6, 7), (10,)), ((8, 9), (11,))]
+
+
 def test_labels_where_bos_changes_the_first_token(bridge: Small) -> None:
     """As with Llama's: a text that follows BOS begins without a space."""
     model = deepcopy(bridge.model)

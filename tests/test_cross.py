@@ -770,6 +770,18 @@ def test_settings_of_open_moss_that_are_none(tmp_path: Path, changed: dict[str, 
         fp.load_sae(tmp_path)
 
 
+@pytest.mark.parametrize("norm", ["dataset-wise", "inference"])
+def test_averages_of_open_moss_are_needed_where_they_are_used(tmp_path: Path, norm: str) -> None:
+    cfg, state = open_moss("relu", norm)
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    save_file({name: value for name, value in state.items() if "average" not in name}, tmp_path / "sae_weights.safetensors")
+    if norm == "inference":
+        assert fp.load_sae(tmp_path).hook == tuple(STREAM)
+    else:
+        with pytest.raises(fp.FeatpatchError, match=r"the weights are .*: expected W_E.*dataset_average_activation_norm"):
+            fp.load_sae(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["W_E", "W_D", "b_E", "b_D"])
 def test_weights_of_open_moss_for_more_hook_points(tmp_path: Path, name: str) -> None:
     cfg, state = open_moss("relu", "dataset-wise")

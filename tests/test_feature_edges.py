@@ -1,5 +1,6 @@
 """Edges between single features against a forward pass in plain torch, and on a circuit set by hand."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -211,6 +212,20 @@ def test_scaled_dictionaries(norm: str, to: str) -> None:
     rows = torch.arange(3)
     np.testing.assert_allclose(found[1], logits[rows, small.correct] - logits[rows, small.wrong], atol=1e-9)
     assert np.abs(found[1] - found[0]).max() > 1e-4
+
+
+@pytest.mark.parametrize(("reads", "writes"), [("attn.hook_q", ""), ("hook_resid_mid", "hook_resid_post")])
+def test_hook_points_that_are_no_place_of_mediators(reads: str, writes: str) -> None:
+    """Those of a query, and two places of the residual stream."""
+    small, hook = small_hooked(), f"blocks.1.{reads}"
+    sae: Any = standard(hook, 3)
+    if writes:
+        own = SimpleNamespace(encode=sae.encode, decode=sae.decode)
+        sae = fp.dictionaries.adapt(own, hook, hook_out=f"blocks.1.{writes}", d_in=16, linear=True)
+    (dictionary,) = dictionaries(wrap(small.model), sae)
+    node = dictionary.node(2, "all")
+    with pytest.raises(fp.FeatpatchError, match="expected, for edges, a dictionary of the residual stream"):
+        fp.find_circuit(small.model, pairs_of(small), saes=sae, nodes=[node], **OPTIONS)
 
 
 def test_bad_cuts() -> None:

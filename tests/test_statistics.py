@@ -16,6 +16,7 @@ import featpatch as fp
 from featpatch.effects import statistics
 from featpatch.effects import statistics as significance
 from featpatch.effects.frames import number
+from featpatch.effects.statistics import MORE_FLIPS, smallest
 
 SITE = "blocks.1.hook_resid_pre"
 Array = NDArray[np.float64]
@@ -511,3 +512,9 @@ def test_rows_with_missing_values_have_no_interval() -> None:
     part = replace(table, denoised=np.where(np.arange(5) == 1, np.nan, table.denoised))
     part = replace(part, noised=np.where(np.arange(5) == 2, np.nan, table.noised))
     assert part.known().nodes == table.nodes[2:]
+
+
+def test_the_smallest_p_value_is_that_of_all_signs_or_of_all_draws() -> None:
+    """Two of 2^n signs reach the sum of n equal changes; where signs are drawn, one of the draws at least."""
+    np.testing.assert_array_equal(smallest(np.array([0, 1, 3]), 3), [1, 1, 0.25])
+    np.testing.assert_array_equal(smallest(np.array([5, 60]), 60), [1 / 16, 1 / (MORE_FLIPS + 1)])

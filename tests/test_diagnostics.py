@@ -271,3 +271,10 @@ def test_rounding_is_not_outside() -> None:
             node = fp.Node(STANDARD, "activation", None, position)
             table = fp.diagnose(model, small.at(STANDARD), fp.Pairs((pair,)), [node])
             assert not table["outside"].any()
+
+
+def test_where_every_position_is_special_any_norm_is_outside() -> None:
+    small = small_bridge()
+    pairs = fp.Pairs(tuple(pairs_of(small, tuple(range(7)))))
+    table = fp.diagnose(small.model, small.at(STANDARD), pairs, [fp.Node(STANDARD, "activation", None, 3)])
+    assert table["outside"].all()

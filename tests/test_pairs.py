@@ -87,6 +87,7 @@ def test_answers_are_the_tokens_behind_the_prompt(
             r"answer 'Mary' follows 'drink to' without a space.*' Mary' is tokenized as \['ĠMary'\]",
         ),
         (byte_level, "is:", "Mary", "Mary", r"answer 'Mary' follows 'is:' without a space"),
+        (byte_level, "drink to drink to drink to is:", "Mary", "Mary", r"follows '\.\.\.rink to drink to is:' without a space"),
         (byte_level, "drink to ", "Mary", "Mary", r"the tokens of 'drink to ' change when 'Mary' follows.*final space"),
         (
             sentence_piece,

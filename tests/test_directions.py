@@ -88,11 +88,12 @@ def test_a_feature_named_often(small: Small) -> None:
         torch.testing.assert_close(dictionary.directions(features), expected[features])
 
 
-def test_a_direction_without_negative_entries_is_patched(small: Small) -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_direction_whose_entries_have_one_sign_is_patched(small: Small, sign: int) -> None:
     pairs = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
     found = fp.rank_features(
         small.model,
-        fp.direction(torch.linspace(0.1, 1, 16, dtype=torch.float64), "blocks.1.hook_resid_pre"),
+        fp.direction(sign * torch.linspace(0.1, 1, 16, dtype=torch.float64), "blocks.1.hook_resid_pre"),
         pairs,
         progress=False,
     )

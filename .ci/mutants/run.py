@@ -35,7 +35,7 @@ from changes import Mutant, mutants
 from coverage import CoverageData
 from scipy.stats import binomtest
 
-OUT, SECONDS, SEED = Path("build/mutants"), 45, 20261201
+OUT, SECONDS, SEED = Path("build/mutants"), 45, 20261202
 LIBRARIES = ["torch", "sae_lens", "transformer_lens", "transformers", "hypothesis", "beartype", "scipy.stats", "pandas"]
 OPTIONS = ["-oaddopts=", "-q", "-pno:cacheprovider", "-pno:xdist", "-Wignore::pytest.PytestAssertRewriteWarning"]
 SLOW = ["soak", "execution", "lost_nodes", "demo", "readme", "examples", "devices", "docs", "diagram"]

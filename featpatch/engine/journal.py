@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 
 from featpatch.errors import FeatpatchError
-from featpatch.files import Lock, check_writable, lock, read_json, writing
+from featpatch.files import Lock, as_path, check_writable, lock, read_json, writing
 
 FORMAT = "featpatch journal 1"
 
@@ -185,6 +185,11 @@ class Journal(Book):
 def batch_key(names: Iterable[str]) -> str:
     """Return a short name for a batch, computed from the names of its patches."""
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
+
+
+def beside(path: str | Path | None, ending: str) -> str | None:
+    """Return the path of another journal of the same work, with something at the end of its name; None without a journal."""
+    return None if path is None else f"{as_path(path)}{ending}"
 
 
 def to_resume(path: str | Path | None) -> str:

@@ -204,6 +204,11 @@ def as_blocks(
     return found
 
 
+def blocks_of(parts: Iterable["Part"], run: PairRuns, nodes: Iterable[Node]) -> list[Block]:
+    """Return the patches of some nodes of a pair, which belong to several parts."""
+    return keep((block for part in parts for block in part.blocks([run])[0]), frozenset(nodes))
+
+
 def keep(blocks: Iterable[Block], nodes: frozenset[Node]) -> list[Block]:
     """Return the blocks of a pair with only the patches of some nodes, without blocks that have none of them."""
     found: list[Block] = []

@@ -20,6 +20,7 @@ from featpatch.patching.changes import (
     Part,
     Patches,
     as_blocks,
+    blocks_of,
     by_output,
     count_nodes,
     count_whole,
@@ -196,14 +197,11 @@ class OnlyPart(Part):
 
     def blocks(self, runs: Sequence[PairRuns]) -> list[list[Block]]:
         """Return the patches of each pair with only these nodes, computed once."""
-        return [run.once(self, partial(self._of_pair, run)) for run in runs]
+        return [run.once(self, partial(blocks_of, [self.part], run, self.only)) for run in runs]
 
     def count(self, run: PairRuns) -> int:
         """Return the number of these nodes that differ between the runs."""
         return count_nodes(self.blocks([run])[0])
-
-    def _of_pair(self, run: PairRuns) -> list[Block]:
-        return keep(self.part.blocks([run])[0], self.only)
 
 
 @dataclass(frozen=True, eq=False)

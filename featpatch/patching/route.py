@@ -20,7 +20,7 @@ from featpatch.engine.patches import Block
 from featpatch.errors import FeatpatchError
 from featpatch.model.lens import Lens, added
 from featpatch.nodes import LOGITS, Direction, Node
-from featpatch.patching.changes import Part, keep
+from featpatch.patching.changes import Part, blocks_of
 from featpatch.patching.components import HeadPart, WholePart
 from featpatch.patching.features import FeaturePart
 from featpatch.patching.runs import PairRuns, Run
@@ -285,7 +285,7 @@ class Senders:
 
     def blocks(self, run: PairRuns) -> list[Block]:
         """Return patches of the senders that differ between the runs of a pair."""
-        return keep((block for part in self.parts for block in part.blocks([run])[0]), frozenset(self.nodes))
+        return blocks_of(self.parts, run, self.nodes)
 
     def streams(self, run: PairRuns, route: Route) -> tuple[list[Node], dict[Direction, Stream]]:
         """Return the senders that differ between the runs of a pair, and their changes of the residual stream by direction."""

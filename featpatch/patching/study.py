@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from featpatch.effects.collector import Collector, measured_places, provenance
 from featpatch.effects.table import Effects
 from featpatch.engine.executor import Executor, Shards
-from featpatch.engine.journal import Book, ClosedBook, Journal
+from featpatch.engine.journal import Book, ClosedBook, Journal, beside
 from featpatch.engine.patches import BaseRun, Block
 from featpatch.engine.path import PatchPath, choose_path
 from featpatch.engine.ray import executor_of
@@ -167,7 +167,7 @@ class Study:
     def _draw(self, noise: Noise, number: int, journal: str | Path | None, executor: Any, *, progress: bool) -> Effects:
         """Run the sweep with one draw of noise; a journal of a draw after the first has its number at the end of the name."""
         arguments = {**self.arguments, "noise": noise, "directions": self.directions}
-        path = None if journal is None else f"{as_path(journal)}{f'.{number}' if number else ''}"
+        path = beside(journal, f".{number}" if number else "")
         study = Study.of(self.lens, self.parts, pairs=self.pairs, **arguments)
         return study.run_block(path, progress=progress, executor=executor)
 

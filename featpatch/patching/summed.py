@@ -6,7 +6,7 @@ moves what arrives downstream, `combine` says whether changes are added to it or
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import chain, combinations
 
 import torch
 from jaxtyping import Bool
@@ -15,7 +15,7 @@ from featpatch.engine.patches import Block, Deltas
 from featpatch.errors import FeatpatchError
 from featpatch.nodes import Combine, Direction, Node
 from featpatch.pairs.pairs import Pairs
-from featpatch.patching.changes import Part, as_blocks, keep
+from featpatch.patching.changes import Part, as_blocks, blocks_of
 from featpatch.patching.runs import PairRuns
 from featpatch.sae.dictionary import Dictionary
 from featpatch.sae.nodes import CODED
@@ -77,12 +77,7 @@ class SummedPart(Part):
 
     def _alone(self, run: PairRuns) -> list[Block]:
         """Return patches of each node alone, computed once."""
-
-        def find() -> list[Block]:
-            wanted = frozenset(node for nodes in self.patches.values() for node in nodes)
-            return keep((block for part in self.parts for block in part.blocks([run])[0]), wanted)
-
-        return run.once(self, find)
+        return run.once(self, lambda: blocks_of(self.parts, run, chain(*self.patches.values())))
 
     def _written(self, run: PairRuns) -> dict[Node, frozenset[str]]:
         """Return the hook points that each node changes, for the nodes that differ between the runs of a pair."""

@@ -13,8 +13,8 @@ from scipy.stats import rankdata, spearmanr
 
 from featpatch import sites
 from featpatch.effects.audit import Array
+from featpatch.engine.journal import beside
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, decimal
-from featpatch.files import as_path
 from featpatch.frame import Frame
 from featpatch.model.lens import Lens
 from featpatch.model.projections import rounding
@@ -222,7 +222,7 @@ def graph_effects(
     exact, swapped = effects.pooled("degradation"), None
     if pair is not None:
         both = Pairs((Pair(graph.prompt, pair.corrupted, tuple(tokens), ()),))
-        second = None if journal is None else f"{as_path(journal)}.swapped"
+        second = beside(journal, ".swapped")
         patched = complete(rank_nodes(model, both, list(nodes), directions=["noising"], journal=second, **options), journal)
         swapped = patched.changes("degradation").toarray()[:, 0]
     names = tuple(graph.name(n) for n in kept)

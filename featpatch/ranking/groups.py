@@ -22,8 +22,8 @@ from featpatch.descriptions import READ, check_texts, descriptions_of, documents
 from featpatch.effects.selection import measured_effect
 from featpatch.effects.statistics import interval
 from featpatch.effects.table import Effects
+from featpatch.engine.journal import beside
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, check_numbers, counted, is_number
-from featpatch.files import as_path
 from featpatch.frame import Frame, text
 from featpatch.metrics import Metrics
 from featpatch.model.lens import Lens
@@ -260,9 +260,8 @@ def group_features(
             else:
                 alone = nodes
                 if not isinstance(alone, Effects):
-                    first = None if journal is None else f"{as_path(journal)}.alone"
                     rank = partial(rank_nodes, model, pairs, features, saes=saes, combine=combine, together=False, **options)
-                    alone = complete(rank(journal=first), journal)
+                    alone = complete(rank(journal=beside(journal, ".alone")), journal)
                 if not alone.finished:
                     raise FeatpatchError(
                         "nodes is a table whose ranking was interrupted: expected effects in all pairs; rank the features to "

@@ -20,7 +20,7 @@ from featpatch.patching.features import feature_study
 from featpatch.patching.joint import node_study
 from featpatch.patching.paths import path_study
 from featpatch.patching.study import Options, Study
-from featpatch.sae.dictionary import dictionaries_if_any
+from featpatch.sae.dictionary import dictionaries_if_any, digests
 from featpatch.untrusted import visible
 
 TOLERANCE = 1e-4
@@ -138,7 +138,7 @@ def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> None:
     """Raise a FeatpatchError unless model, pairs and SAEs are those of a table."""
     about = effects.metadata
     found = dictionaries_if_any(lens, saes)
-    given = {"model": lens.digest(), "pairs": check_pairs(pairs, by_label=True).digest(), **{d.name: d.digest() for d in found}}
+    given = {"model": lens.digest(), "pairs": check_pairs(pairs, by_label=True).digest(), **digests(found)}
     known = {"model": about["model"]["sha256"], "pairs": about["pairs"], **about.get("saes", {})}
     if missing := [name for name in known if name not in given]:
         raise FeatpatchError(

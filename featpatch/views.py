@@ -22,7 +22,7 @@ from featpatch.nodes import Effect, Node, Position
 from featpatch.pairs.pair import Pair, token_index
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import check_tokenizer, prompt_ids, special_positions
-from featpatch.sae.dictionary import Dictionary, dictionaries
+from featpatch.sae.dictionary import Dictionary, dictionaries, digests
 from featpatch.untrusted import in_figure
 
 PROMOTED = 3
@@ -228,7 +228,7 @@ def _effects(
         FeatpatchError: the table is of other SAEs, or at labels while the prompt is a text.
     """
     known = effects.metadata.get("saes", {})
-    check_saes(effects, {each.name: each.digest() for each in found if each.name in known})
+    check_saes(effects, digests([each for each in found if each.name in known]))
 
     def tokens(position: Position) -> Sequence[int]:
         inside = isinstance(position, int) and -length <= position < length

@@ -197,6 +197,26 @@ def test_rounding_moves_nothing(small: Small) -> None:
     assert not table["moved"].any()
 
 
+class Rotation:
+    """Large features: coordinates in a rotated basis, times 1e8."""
+
+    def __init__(self, d: int) -> None:
+        self.basis = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.basis * 1e8
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        return features @ self.basis.T / 1e8
+
+
+def test_rounding_is_relative_to_the_features(small: Small) -> None:
+    rotation = fp.dictionaries.adapt(Rotation(16), STANDARD, d_in=16)
+    table = fp.diagnose(small.model, rotation, pairs_of(small), [fp.Node(STANDARD, "feature", 0, "all")])
+    assert table["leakage"].between(1e-20, 1e-9).all()
+    assert not table["moved"].any()
+
+
 def test_before_the_first_difference_nothing_differs(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where rounding says otherwise."""
     read = Lens.read

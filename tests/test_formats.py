@@ -216,7 +216,7 @@ def test_a_skip_path_of_ones_own(bridge: Small) -> None:
             error = y - own.decode(own.encode(x)) - expected
         torch.testing.assert_close(split.error, error, rtol=EXACT, atol=EXACT)
     without = fp.dictionaries.adapt(own, MLP_IN, hook_out=MLP_OUT, d_in=16)
-    digests = {dictionaries(wrap(bridge.model), each)[0].digest() for each in (sae, without)}
+    digests = {dictionaries(wrap(bridge.model), each)[0].codec.digest() for each in (sae, without)}
     assert len(digests) == 2
 
 

@@ -327,7 +327,7 @@ def entry_of(name: str, value: Any) -> Callable[[dict[str, str]], dict[str, str]
         *(entry_of("threshold", value) for value in (0.0, 1.0, -0.5, 1)),
         *(entry_of(name, value) for name in ("metric", "metrics", "directions", "positions", "model", "versions", "rows_ranked", "finished", "screening", "tags", "of_pairs", "saes") for value in (None, -1, 10**40, [[]], {"a": 1}, [1.5])),
         entry_of("screening", {"k": 0, "sampled": 1, "candidates": 2, "looks": 1, "changed_features": []}),
-        *(entry_of("screening", {"k": 1, "sampled": 1, "candidates": 2, "looks": 1, "changed_features": [row]}) for row in ([3, "a", "b", 1], ["a", "b", "S2", "1"], ["a", "b", "S2", 1, 1])),
+        *(entry_of("screening", {"k": 1, "sampled": 1, "candidates": 2, "looks": 1, "changed_features": [row]}) for row in ([3, "a", "b", 1], ["a", 3, "S2", 1], ["a", "b", "S2", "1"], ["a", "b", "S2", 1, 1])),
         entry_of("directions", []), entry_of("directions", ["noising", "noising"]), entry_of("tags", []), entry_of("of_pairs", [0]),
         entry_of("metrics", ["prob", "logit_diff"]),
     ],

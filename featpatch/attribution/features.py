@@ -25,7 +25,7 @@ from featpatch.nodes import Combine, Direction, Kind, Node
 from featpatch.pairs.pair import Positions, Wanted, spans
 from featpatch.pairs.pairs import Pairs
 from featpatch.sae.codec import Split
-from featpatch.sae.dictionary import Dictionary, combined_by, dictionaries
+from featpatch.sae.dictionary import Dictionary, combined_by, dictionaries, digests
 from featpatch.sae.nodes import together
 
 
@@ -40,7 +40,7 @@ def estimate_features(
 ) -> Effects:
     """Estimate by gradients what `rank_features` measures exactly; it describes the arguments and the result."""
     found = dictionaries(gradients.lens, saes)
-    about: dict[str, Any] = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
+    about: dict[str, Any] = {"saes": digests(found)}
     if combined := combined_by(found, combine):
         about["combine"] = combined
     if put := [name for name, meaning in combined.items() if meaning == "set"]:

@@ -34,7 +34,7 @@ from featpatch.model.lens import Lens
 from featpatch.nodes import LOGITS, Direction, Edge, Node, check_reached, check_senders
 from featpatch.pairs.pair import spans, spans_of
 from featpatch.pairs.pairs import check_counterfactual
-from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
+from featpatch.sae.dictionary import Dictionary, dictionaries_if_any, digests
 from featpatch.sae.nodes import check_nodes, names_of
 from featpatch.sites import ROUTES, Route
 
@@ -160,7 +160,7 @@ def estimate_paths(
     check_gap(source.measure.name, clean[:, 0], corrupted[:, 0])
     metadata = {
         "metric": source.measure.name, "method": source.method, "directions": sorted(ways), "unit": "gap", "route": route,
-        "unsigned": False, "positions": list(wanted[0]), "saes": {d.name: d.digest() for d in found}, **provenance(lens, pairs),
+        "unsigned": False, "positions": list(wanted[0]), "saes": digests(found), **provenance(lens, pairs),
     }  # fmt: skip
     return collected(source.measure.name, clean, corrupted, changes, metadata, unsigned=False)
 

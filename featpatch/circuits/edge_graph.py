@@ -41,6 +41,7 @@ from featpatch.patching.ablation_values import Everywhere
 from featpatch.patching.paths import EdgePart
 from featpatch.patching.route import Senders, receiver_of
 from featpatch.patching.study import Study
+from featpatch.sae.dictionary import digests
 
 PATCHED_AT_ONCE = 80
 """The largest number of tokens of pairs whose edges are patched together, unless a single prompt is longer."""
@@ -159,7 +160,7 @@ class EdgeGraph(EdgeRuns):
         return {
             "over": "edges",
             "positions": "each" if self.regions.each else list(self.regions.given) or "all",
-            "saes": {group.dictionary.name: group.dictionary.digest() for group in self.mediators.values()},
+            "saes": digests([group.dictionary for group in self.mediators.values()]),
         }
 
     @cached_property

@@ -23,7 +23,7 @@ from featpatch.model.lens import Edit, added, keeping
 from featpatch.nodes import Node
 from featpatch.patching.ablation_values import Everywhere
 from featpatch.sae.codec import Split
-from featpatch.sae.dictionary import Dictionary
+from featpatch.sae.dictionary import Dictionary, digests
 from featpatch.sae.nodes import names_of
 
 Errors = Literal["in", "out", "nodes"]
@@ -102,7 +102,7 @@ class NodeRuns(Graph):
     def about(self) -> Mapping[str, Any]:
         """Return metadata: that the items are nodes, the dictionaries, the groups, and how errors are treated."""
         groups = {str(node): list(map(str, members)) for node, members in self.groups.items()}
-        about = {"over": "nodes", "errors": self.errors, "saes": {d.name: d.digest() for d in self.dictionaries}}
+        about = {"over": "nodes", "errors": self.errors, "saes": digests(self.dictionaries)}
         return {**about, **({"groups": groups} if groups else {})}
 
     @torch.no_grad()

@@ -74,7 +74,7 @@ class Output:
             return
         from featpatch.effects.collector import provenance
         from featpatch.model.transformer_lens import wrap
-        from featpatch.sae.dictionary import dictionaries
+        from featpatch.sae.dictionary import dictionaries, digests
 
         there = fp.Effects.load(self.folder / EFFECTS)
         lens, metric, positions = wrap(study["model"]), study["metric"], study["positions"]
@@ -85,7 +85,7 @@ class Output:
             "positions": positions if isinstance(positions, str) else list(dict.fromkeys(positions)),
         }
         if "saes" in study:
-            expected["saes"] = {each.name: each.digest() for each in dictionaries(lens, study["saes"])}
+            expected["saes"] = digests(dictionaries(lens, study["saes"]))
         if "sites" in study:
             expected["components"] = study["sites"]
         if "sites" in study and "components" in there.metadata:

@@ -19,7 +19,7 @@ from featpatch.frame import Frame
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Effect, Node, Position
 from featpatch.pairs.pairs import Pairs
-from featpatch.sae.dictionary import Dictionary, dictionaries
+from featpatch.sae.dictionary import Dictionary, dictionaries, digests
 
 COLUMNS = ["site", "kind", "index", "position", "sae", "feature", "contribution", "change", "share"]
 
@@ -112,7 +112,7 @@ def _check_origin(features: Effects, model: str, found: list[Dictionary], pairs:
         raise FeatpatchError(
             "the model's weights differ from those of the tables: expected the same weights; pass the model that was ranked"
         )
-    check_saes(features, {each.name: each.digest() for each in found})
+    check_saes(features, digests(found))
 
 
 def _ranked(table: Effects, effect: Effect) -> tuple[Node, ...]:

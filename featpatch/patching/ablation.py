@@ -16,7 +16,7 @@ from featpatch.patching.changes import Part
 from featpatch.patching.components import WholePart, component_parts
 from featpatch.patching.features import FeaturePart
 from featpatch.patching.runs import Contrast, Run, Ways
-from featpatch.sae.dictionary import dictionaries
+from featpatch.sae.dictionary import dictionaries, digests
 
 To = str | float | ActivationCache | Mapping[str, torch.Tensor]
 """How ablation values are chosen: the name of one of `ABLATION_VALUES`, a number, or activations to average."""
@@ -56,7 +56,7 @@ def ablated_parts(
     if saes is not None:
         found = dictionaries(lens, saes)
         parts.append(FeaturePart(found))
-        about["saes"] = {dictionary.name: dictionary.digest() for dictionary in found}
+        about["saes"] = digests(found)
     if components:
         found_parts, noted = component_parts(lens, components, layers, positions)
         covered = {site for part in parts for site in part.sites}  # their whole activations are rows already

@@ -33,7 +33,7 @@ from featpatch.patching.changes import (
 )
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
-from featpatch.sae.dictionary import Dictionary, combined_by, dictionaries
+from featpatch.sae.dictionary import Dictionary, combined_by, dictionaries, digests
 from featpatch.sae.nodes import together
 
 
@@ -152,7 +152,7 @@ def feature_study(
     check_pairs(pairs, by_label=True, model=model, saes=saes)
     lens = wrap(model)
     found = dictionaries(lens, saes)
-    about: dict[str, Any] = {"saes": {dictionary.name: dictionary.digest() for dictionary in found}}
+    about: dict[str, Any] = {"saes": digests(found)}
     if combined := combined_by(found, combine, joint=joint):
         about["combine"] = combined
     return Study.of(lens, [FeaturePart(found, only, combine)], about, pairs, **options), found

@@ -34,7 +34,7 @@ from featpatch.patching.runs import Contrast, PairRuns, Run
 from featpatch.patching.study import Options, Study
 from featpatch.patching.summed import SummedPart, check_apart
 from featpatch.sae.codec import Split
-from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
+from featpatch.sae.dictionary import Dictionary, dictionaries_if_any, digests
 from featpatch.sae.nodes import CODED, check_nodes
 
 Place = tuple[PairRuns, Direction, int]
@@ -225,7 +225,7 @@ def node_study(
             f"combine={combine!r} with nodes that are patched alone, each at one hook point: expected joint patches "
             "or features that write to several hook points; leave combine out, or pass together=True"
         )
-    about = {"saes": {d.name: d.digest() for d in found}, "nodes": list(map(str, rows))}
+    about = {"saes": digests(found), "nodes": list(map(str, rows))}
     if patches:
         if meaning is None:
             at_once = {name: some for name, some in patches.items() if _adds_up(some, found)}

@@ -21,7 +21,7 @@ from featpatch.patching.changes import Part, as_blocks
 from featpatch.patching.route import Receiver, Senders, receiver_of
 from featpatch.patching.runs import PairRuns
 from featpatch.patching.study import Options, Study
-from featpatch.sae.dictionary import dictionaries_if_any
+from featpatch.sae.dictionary import dictionaries_if_any, digests
 from featpatch.sae.nodes import check_nodes
 from featpatch.sites import Route
 
@@ -135,11 +135,6 @@ def path_study(
     check_senders(sending)
     part = EdgePart(lens, Senders.of(lens, sending, found), [receiver_of(lens, node, found) for node in receiving], route, only)
     check_reached(any(part.edges.values()))
-    about = {
-        "saes": {dictionary.name: dictionary.digest() for dictionary in found},
-        "route": route,
-        "senders": list(map(str, sending)),
-        "receivers": list(map(str, receiving)),
-    }
+    about = {"saes": digests(found), "route": route, "senders": list(map(str, sending)), "receivers": list(map(str, receiving))}
     asked: Options = {**options, "positions": list(dict.fromkeys(node.position for node in sending))}
     return Study.of(lens, [part], about, pairs, **asked), part

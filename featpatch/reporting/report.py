@@ -32,7 +32,7 @@ from featpatch.patching.curves import Curve
 from featpatch.ranking.groups import Groups
 from featpatch.reporting.conclusion import measurable, short_names, together
 from featpatch.reporting.sections import PROMPTS, FeatureCard, Material, intervals, page_of
-from featpatch.sae.dictionary import Dictionary, dictionaries
+from featpatch.sae.dictionary import Dictionary, dictionaries, digests
 from featpatch.views import promoted
 
 TOP = 20
@@ -261,7 +261,7 @@ def _cards(
         FeatpatchError: the SAEs are not those of the effects.
     """
     by_name = {dictionary.name: dictionary for dictionary in found}
-    check_saes(effects, {name: dictionary.digest() for name, dictionary in by_name.items()})
+    check_saes(effects, digests(found))
     nodes = dict.fromkeys(n for e in effects.directions_run() for n in effects.top(top, by=e, kind="feature").nodes)
     rows = {node: row for row, node in enumerate(effects.nodes)}
 

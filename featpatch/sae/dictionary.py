@@ -238,10 +238,6 @@ class Dictionary:
             changes.append(self.change(base.at(at), source.at(at), features=one)[:, 0])
         return torch.cat(changes)
 
-    def digest(self) -> str:
-        """Return the SHA-256 of everything that determines what the codec computes."""
-        return self.codec.digest()
-
 
 CODECS: tuple[type[Codec], ...] = (SaeCodec, AdaptedCodec, CrossCodec)
 """The codecs, each of which recognises the objects of its type."""
@@ -354,6 +350,11 @@ def combined_by(found: Sequence[Dictionary], combine: Any, *, joint: bool = Fals
 def dictionaries_if_any(lens: Lens, saes: Any) -> list[Dictionary]:
     """Return the dictionaries, see `dictionaries`; an empty list for None or an empty tuple."""
     return [] if saes is None or (isinstance(saes, tuple) and not saes) else dictionaries(lens, saes)
+
+
+def digests(found: Sequence[Dictionary]) -> dict[str, str]:
+    """Return by name the SHA-256 of everything that determines what each dictionary computes; tables store it."""
+    return {dictionary.name: dictionary.codec.digest() for dictionary in found}
 
 
 def _by_hook(saes: Any) -> Mapping[Any, Any] | None:

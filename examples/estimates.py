@@ -89,7 +89,7 @@ def told(atp: Calibration, features: pd.DataFrame, heads: pd.DataFrame, pairs: i
             f"{heads.pearson['atp']:.2f} by `atp`, {heads.pearson['ig']:.2f} by `ig`, and {heads.pearson['grad_drop']:.2f} by `grad_drop`; "
             f"the QK fix lifts the rank correlation of `atp` from {heads.spearman['atp without the QK fix']:.2f} to "
             f"{heads.spearman['atp']:.2f}.",
-            f"AtP, IG: Pearson {features.pearson['atp']:.2f} and {features.pearson['ig']:.2f} to exact here",
+            f"Pearson correlation with exact effects here: AtP {features.pearson['atp']:.2f}, IG {features.pearson['ig']:.2f}",
         ]
     )
 

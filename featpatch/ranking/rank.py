@@ -100,7 +100,7 @@ def rank_features(
 
         In a table of estimates, `metadata["completeness_residual"]` is the largest |sum of features and error - whole
         activation| of any hook point, position and pair, as a share of the mean gap. It is due to rounding, unless what
-        features add depends on other features or on state (a token's norm), which belongs to neither features nor error.
+        features add depends on other features or on state (a token's norm): what these change together belongs to none of them.
         `metadata["whole_residual"]` is the largest |estimate - patched run| over pairs, also as a share of the mean gap: for
         the residual stream that enters the first layer (how far from linear the model is) or, with `"ig"`, for any whole
         activation (the error left by the number of steps). It is None for `"grad_drop"`.

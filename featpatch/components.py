@@ -78,7 +78,7 @@ def check_components(names: Any, positions: Any) -> list[str]:
             "them to each other, such as 'end <- S2' for ['end', 'S2']; for single entries call "
             "rank_nodes(model, pairs, [fp.head(1, 3, 'pattern', 'end <- S2')])"
         )
-    if "pattern_entry" in chosen and "all" in ([positions] if isinstance(positions, str) else positions):
+    if "pattern_entry" in chosen and (positions == "all" or (several and "all" in positions)):
         raise FeatpatchError(
             "positions='all' with sites=['pattern_entry']: expected positions='each' or a list of labels and indices, "
             "because an entry is the attention of one position to another"

@@ -6,7 +6,7 @@ that no single word describes it.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn.utils.rnn import pad_sequence
 
+from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers, listed
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
@@ -134,7 +135,9 @@ def _html(descriptions: Mapping[str, Description]) -> str:
 
 
 @torch.no_grad()
-def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence[str], *, contexts: int = 3) -> Descriptions:
+def max_activating(
+    model: Any, saes: Any, nodes: Sequence[Node] | Effects, texts: Sequence[str], *, contexts: int = 3
+) -> Descriptions:
     """Describe every feature among the nodes by the word that it detects and its max-activating examples.
 
     Every description says at how many positions of the text the feature is active. A FeatpatchWarning names the features for
@@ -178,7 +181,7 @@ def max_activating(model: Any, saes: Any, nodes: Sequence[Node], texts: Sequence
     named = [with_owner(lens, node, found) for node in features]
     for node, owner in named:
         if owner is not None and node.index is not None and node.index >= owner.per_group:
-            raise FeatpatchError(f"node {str(node)!r}: expected a feature of {owner.name!r}, from 0 to {owner.d_sae - 1}")
+            raise FeatpatchError(f"node {str(node)!r}: expected a feature of {owner.name!r}, from 0 to {owner.per_group - 1}")
     described = descriptions_of(lens, found, [node for node, _ in named], ids, contexts)
     descriptions = Descriptions(zip(features, described, strict=True))
     _warn(descriptions)
@@ -253,9 +256,8 @@ class Document:
 
 
 def check_texts(texts: Any) -> None:
-    """Raise a FeatpatchError unless texts are documents."""
-    listed = isinstance(texts, Iterable) and not isinstance(texts, str) and len(list(texts)) > 0
-    if not listed or not all(isinstance(text, str) for text in texts):
+    """Raise a FeatpatchError unless texts are a list of documents."""
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
         raise FeatpatchError(
             f"texts={texts!r:.60}: expected a list of at least one document, to find what activates the features"
         )

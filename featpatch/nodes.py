@@ -66,6 +66,11 @@ def check_directions(directions: Any) -> tuple[Direction, ...]:
     return tuple(direction for direction in DIRECTIONS if direction in directions)
 
 
+def numbered(kind: str, index: int | None) -> str:
+    """Return the name of a part of an activation: its kind and, if it has one, its index."""
+    return kind if index is None else f"{kind} {index}"
+
+
 @dataclass(frozen=True)
 class Node:
     """A value that can be patched, such as a feature, an error term or a head, at a hook point and a position.
@@ -116,7 +121,7 @@ class Node:
     def __str__(self) -> str:
         if self.site.endswith(TOGETHER) and self.kind == "set":
             return visible(f"{self.site} @ {self.position}")
-        name = self.kind if self.index is None else f"{self.kind} {self.index}"
+        name = numbered(self.kind, self.index)
         of = f" of {self.sae}" if self.sae not in ("", self.site, self.site.removesuffix(TOGETHER)) else ""
         return visible(f"{self.site} {name}{of} @ {self.position}")
 

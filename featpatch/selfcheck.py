@@ -40,7 +40,8 @@ class Fit:
             value.
         whole_site: the largest deviation of the change by patching all features and the error from the change by patching the
             whole activation, between clean and corrupted prompts, as a share of the activation's largest value.
-        explained_variance: 1 - sum of squared errors / sum of squared deviations from the mean, without special tokens.
+        explained_variance: 1 - sum of squared errors / sum of squared deviations from the mean, without special tokens; of a
+            dictionary that writes several hook points, over all of them together.
         expected: the explained variance that the dictionary's configuration or the registry claims, if any.
         l0: the mean number of nonzero features per position.
         misfit: the reason why the dictionary does not fit; empty if it does.
@@ -222,8 +223,8 @@ class Runs:
 
     def fit(self, dictionary: Dictionary) -> bool:
         """Return whether the dictionary's hook points could be read and have the dictionary's width."""
-        hooks = (dictionary.reads, dictionary.writes)
-        widths = [self.activations[hook][0].shape[2] for hook in hooks if hook in self.activations]
+        hooks = dictionary.inputs, dictionary.outputs
+        widths = [sum(self.activations[hook][0].shape[2] for hook in some if hook in self.activations) for some in hooks]
         return widths == [dictionary.codec.d_in, dictionary.codec.d_out]
 
     @property
@@ -258,7 +259,7 @@ def _readable(lens: Lens, pair: Pair, hooks: list[str]) -> list[str]:
 
 def _near(lens: Lens, dictionary: Dictionary) -> list[Dictionary]:
     """Return copies of a dictionary at other hook points of its and the adjacent layers, and at its own one of all layers."""
-    layer, name = sites.layer_of(dictionary.reads), sites.within(dictionary.reads)
+    layer, name = sites.layer_of(dictionary.inputs[0]), sites.within(dictionary.inputs[0])
     return [
         place
         for place in dictionary.elsewhere(lens)
@@ -287,14 +288,14 @@ def _fit(lens: Lens, dictionary: Dictionary, here: Explained, runs: Runs, near: 
 
 
 def _explained(dictionary: Dictionary, runs: Runs, *, centred: bool = False) -> Explained:
-    """Encode the activations once and measure what the dictionary explains of them."""
+    """Encode the activations once and measure what the dictionary explains of them, over all hook points that it writes."""
     squares, active, deviation, difference, largest, written = 0.0, 0, 0.0, 0.0, 0.0, []
-    reads, writes = (runs.activations[hook] for hook in (dictionary.reads, dictionary.writes))
-    for x, y, kept in zip(reads, writes, runs.kept, strict=True):
+    for batch, kept in enumerate(runs.kept):
+        values = {hook: runs.activations[hook][batch] for hook in dictionary.hooks}
         if centred:
-            x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-        split = dictionary.split({dictionary.reads: x, dictionary.writes: y})
-        y = y.to(split.error)
+            values = {hook: x - x.mean(-1, keepdim=True) for hook, x in values.items()}
+        split = dictionary.split(values)
+        y = dictionary.flat(values, dictionary.outputs).to(split.error)
         rebuilt = dictionary.decode(split.features, split.state) + split.error
         clean, corrupted = split.map(lambda values: values[::2]), split.map(lambda values: values[1::2])
         patched = dictionary.change(corrupted, clean, features=True, error=True)
@@ -334,7 +335,7 @@ def _elsewhere(lens: Lens, dictionary: Dictionary, near: Runs, pairs: Pairs, her
     variance, best = max(tried, key=lambda each: each[0])
     if variance <= here:
         return []
-    again = _tried(best, Runs.of(lens, {best.reads, best.writes}, pairs))
+    again = _tried(best, Runs.of(lens, best.hooks, pairs))
     return [] if again is None else [(again, f"at {best.place}")]
 
 
@@ -345,7 +346,7 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, near: Runs, pairs: P
     if not _suspect(dictionary, here):
         return ""
     others = _elsewhere(lens, dictionary, near, pairs, here)
-    if "center_writing_weights" not in done and sites.on_stream(dictionary.reads):
+    if "center_writing_weights" not in done and all(map(sites.on_stream, dictionary.inputs)):
         variance = _tried(dictionary, runs, centred=True)
         others += [] if variance is None else [(variance, "on weights processed with center_writing_weights")]
     best, where = max(others, default=(0.0, ""))
@@ -369,8 +370,8 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, near: Runs, pairs: P
 def _other_weights(dictionary: Dictionary, done: Iterable[str]) -> str:
     """Return how weights were processed differently in training, as far as it affects the dictionary's hook points."""
     said = dictionary.training
-    seen = {"fold_ln"} if sites.after_norm(dictionary.reads) else set()
-    seen |= {"center_writing_weights"} if sites.on_stream(dictionary.writes) else set()
+    seen = {"fold_ln"} if any(map(sites.after_norm, dictionary.inputs)) else set()
+    seen |= {"center_writing_weights"} if any(map(sites.on_stream, dictionary.outputs)) else set()
     trained, here = sorted(seen & set(said.processing)), sorted(seen & set(done))
     if said.model is None or trained == here:
         return ""

@@ -108,7 +108,7 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
 
     Args:
         model: a TransformerBridge or a HookedTransformer.
-        saes: SAEs as in `rank_features`, at any hook point.
+        saes: SAEs as in `rank_features`, at any hook point; each reads and writes a single one.
         prompts: pairs, of which the clean prompts are used, or texts, for a model with a tokenizer. A text that exceeds the
             model's context is truncated, with a PairsWarning.
         progress: whether to show a progress bar.
@@ -117,7 +117,7 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
         For each SAE the losses with the SAE, with zero and with mean ablation, the loss recovered, explained variance and L0.
 
     Raises:
-        FeatpatchError: the input is unusable, or no prediction counts.
+        FeatpatchError: the input is unusable, an SAE reads or writes several hook points, or no prediction counts.
 
     Examples:
         >>> losses = fp.loss_recovered(model, saes, demo.text()[:20], progress=False)
@@ -127,6 +127,7 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
     lens = wrap(model)
     documents = _documents(lens, model, prompts)
     found = dictionaries(lens, saes)
+    writes = {each.name: each.writes for each in found}
     batches = [_Batch.of([documents[index] for index in group]) for group in together(
         [len(document.tokens) for document in documents], causal=lens.causal
     )]  # fmt: skip
@@ -144,9 +145,9 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
         for batch in batches:
             read = lens.read(batch.tokens, hooks)
             for each in found:
-                moments[each.name].add(each.split(read), read[each.writes], batch.replaced)
+                moments[each.name].add(each.split(read), read[writes[each.name]], batch.replaced)
             bar.update()
-        means = {each.writes: moments[each.name].mean for each in found}
+        means = {writes[name]: of_sae.mean for name, of_sae in moments.items()}
         sums: dict[str, float] = {}
         for batch in batches:
             for name, loss in _losses(lens, batch, lens.read(batch.tokens, hooks), found, means):
@@ -157,8 +158,8 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
             sae=each.name,
             loss=sums["model"],
             loss_sae=sums[f"sae {each.name}"],
-            loss_zero=sums[f"zero {each.writes}"],
-            loss_mean=sums[f"mean {each.writes}"],
+            loss_zero=sums[f"zero {writes[each.name]}"],
+            loss_mean=sums[f"mean {writes[each.name]}"],
             explained_variance=moments[each.name].explained,
             l0=moments[each.name].active / moments[each.name].n,
         )

@@ -1,5 +1,6 @@
 """Verification of a table of effects: a random sample of its rows is measured again and compared."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted
 from featpatch.metrics import MEASURES, SEQUENCES, size
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import Edge, Node
+from featpatch.nodes import Edge, Node, joint
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
@@ -82,7 +83,7 @@ def verify(
     """Verify that a table's values can be reproduced, by measuring a random sample of its rows again.
 
     Args:
-        effects: a table of exact effects of `rank_features`, `rank_components` or `rank_paths`.
+        effects: a table of exact effects of `rank_features`, `rank_components`, `rank_nodes` or `rank_paths`.
         model, pairs, saes: the model, pairs and SAEs of the table; their digests are compared first.
         rows: the largest number of rows to measure again.
         seed: the seed of the random sample.
@@ -93,8 +94,9 @@ def verify(
         The difference of each row that was measured again, and whether all are within the tolerance (`ok`).
 
     Raises:
-        FeatpatchError: the model, pairs or SAEs are not those of the table; or the table holds estimates, ablations, effects of
-            prompts corrupted by noise, or a metric that is a function.
+        FeatpatchError: the model, pairs or SAEs are not those of the table; or the table is empty or holds estimates,
+            ablations, effects of prompts corrupted by noise, rows of several nodes of an `fp.Patch`, or a metric that is a
+            function.
 
     Examples:
         >>> fp.verify(effects, model, pairs, saes=saes, rows=3, progress=False).ok
@@ -106,11 +108,11 @@ def verify(
     if not is_number(tolerance) or not tolerance >= 0:
         raise FeatpatchError(f"tolerance={tolerance!r}: expected a number, 0 or more, such as {TOLERANCE}")
     lens = wrap(model)
-    _check_same(effects, lens, pairs, saes)
+    several = _check_same(effects, lens, pairs, saes)
     drawn = np.sort(np.random.default_rng(seed).permutation(len(effects))[:rows])
     nodes = [effects.nodes[row] for row in drawn]
     metrics = list(effects.metrics)
-    again = _study(effects, model, pairs, saes, nodes, metrics).complete(progress=progress)
+    again = _study(effects, model, pairs, saes, nodes, metrics, several).complete(progress=progress)
     differences = np.max([_differences(effects.for_metric(name), again.for_metric(name), nodes) for name in metrics], axis=0)
     now, then = provenance(lens, pairs)["versions"], effects.metadata["versions"]
     versions = tuple(f"{name}: {old} -> {now.get(name)}" for name, old in then.items() if now.get(name) != old)
@@ -124,7 +126,16 @@ def _check_repeatable(effects: Effects) -> None:
     whole = {"model", "pairs", "positions", "versions"} <= set(about) and {"saes", "components"} & set(about)
     if effects.value != "exact" or not whole or {"noise", "ablation", "of_pairs"} & set(about):
         raise FeatpatchError(
-            "the table does not hold patching effects: expected exact effects from rank_features, rank_components or rank_paths"
+            "the table does not hold patching effects: expected exact effects from rank_features, rank_components, rank_nodes "
+            "or rank_paths"
+        )
+    if not len(effects):
+        raise FeatpatchError("the table has no rows: expected at least one, to measure it again")
+    together = [node for node in effects.nodes if node.kind in ("set", "random")]
+    if together and ("nodes" not in about or together != [joint(_alone(effects.whole.nodes))]):
+        raise FeatpatchError(
+            f"the row {str(together[0])!r} is of several nodes or of a random direction, which a table does not store: "
+            "expected rows of single nodes; pass effects.where(kind=...) with one of the other kinds"
         )
     unknown = [name for name in effects.metrics if name not in MEASURES and name not in SEQUENCES]
     if unknown:
@@ -134,8 +145,13 @@ def _check_repeatable(effects: Effects) -> None:
         )
 
 
-def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> None:
-    """Raise a FeatpatchError unless model, pairs and SAEs are those of a table."""
+def _alone(nodes: Iterable[Node]) -> list[Node]:
+    """Return the nodes that are not joint patches of others."""
+    return [node for node in nodes if node.kind != "set"]
+
+
+def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> set[str]:
+    """Raise a FeatpatchError unless model, pairs and SAEs are those of a table; return the SAEs that write to several hooks."""
     about = effects.metadata
     found = dictionaries_if_any(lens, saes)
     given = {"model": lens.digest(), "pairs": check_pairs(pairs, by_label=True).digest(), **digests(found)}
@@ -151,9 +167,12 @@ def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> None:
                 f"{name} differs from that of the table: expected the one that it was measured with; pass the same model, "
                 "pairs and SAEs"
             )
+    return {dictionary.name for dictionary in found if len(dictionary.outputs) > 1}
 
 
-def _study(effects: Effects, model: Any, pairs: Pairs, saes: Any, nodes: list[Node], metrics: list[str]) -> Study:
+def _study(
+    effects: Effects, model: Any, pairs: Pairs, saes: Any, nodes: list[Node], metrics: list[str], several: set[str]
+) -> Study:
     about = effects.metadata
     options = Options(positions=about["positions"], directions=about["directions"], metric=metrics)
     edges = frozenset(node for node in nodes if isinstance(node, Edge))
@@ -161,14 +180,16 @@ def _study(effects: Effects, model: Any, pairs: Pairs, saes: Any, nodes: list[No
         senders, receivers = ({getattr(edge, end): None for edge in edges} for end in ("sender", "receiver"))
         return path_study(model, pairs, saes, [*senders], [*receivers], about["route"], edges, **options)[0]
     if "nodes" in about:
-        every = effects.whole.nodes
-        together = any(node.kind == "set" for node in every)
-        named = [node for node in every if node.kind != "set"]
-        return node_study(model, saes, pairs, named, together=together, **options)[0]
+        together = any(node.kind == "set" for node in nodes)
+        asked = _alone(effects.whole.nodes) if together else nodes
+        combine = about.get("combine") if together or several & {node.sae for node in nodes} else None
+        return node_study(model, saes, pairs, asked, together=together, combine=combine, **options)[0]
     if "components" in about:
         layers = sorted({sites.layer_of(node.site) for node in nodes})
         return component_study(model, pairs, about["components"], layers, **options)
-    return feature_study(model, saes, pairs, frozenset(nodes), **options)[0]
+    meanings = set(about.get("combine", {}).values())
+    combine = meanings.pop() if len(meanings) == 1 else None
+    return feature_study(model, saes, pairs, frozenset(nodes), combine=combine, **options)[0]
 
 
 def _differences(effects: Effects, again: Effects, nodes: list[Node]) -> list[float]:

@@ -21,8 +21,9 @@ from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Effect, Node, Position
 from featpatch.pairs.pair import Pair, token_index
 from featpatch.pairs.pairs import Pairs
-from featpatch.pairs.tokens import check_tokenizer, prompt_ids, special_positions
+from featpatch.pairs.tokens import check_tokenizer
 from featpatch.sae.dictionary import Dictionary, dictionaries, digests
+from featpatch.tracing.prompt import prompt_of
 from featpatch.untrusted import in_figure
 
 PROMOTED = 3
@@ -90,7 +91,9 @@ def active_features(
             for effect in () if effects is None else effects.directions_run():
                 row[effect] = known[effect].get((dictionary.name, index, at), known[effect].get((dictionary.name, None, at)))
             rows.append({**row, "promotes": " ".join(f"{token!r}" for token, _ in raised.get(index, []))})
-    return Frame(rows).astype(dict.fromkeys(known, float))
+    columns = ["position", "token", "sae", *(["site"] if by_layer else []), "feature", "value"]
+    columns += [*(["corrupted"] if len(prompts) > 1 else []), *known, "promotes"]
+    return Frame(rows, columns=columns).astype(dict.fromkeys(known, float))
 
 
 @torch.no_grad()
@@ -202,12 +205,8 @@ def _prompts(lens: Lens, prompt: str | Pair) -> tuple[list[tuple[int, ...]], fro
         return [prompt.clean, *([prompt.corrupted] if prompt.has_counterfactual else [])], prompt.special
     if not isinstance(prompt, str) or not prompt:
         raise FeatpatchError(f"prompt={prompt!r:.60}: expected a text or a Pair, such as pairs[0]")
-    ids = prompt_ids(lens.model, prompt)
-    if lens.n_ctx is not None and len(ids) > lens.n_ctx:
-        raise FeatpatchError(
-            f"the prompt has {len(ids)} tokens: expected at most {lens.n_ctx}, the model's context; shorten it"
-        )
-    return [ids], frozenset(special_positions(lens.tokenizer, ids))
+    ids, special = prompt_of(lens, prompt)
+    return [ids], special
 
 
 def _other_places(prompt: str | Pair) -> dict[int, int]:

@@ -529,10 +529,23 @@ def test_other_models_saes_and_pairs_are_refused(bridge: Small) -> None:
         ({"saes": bridge.at(TOPK)}, "'blocks.2.hook_resid_pre' differs from that of the effects"),
         ({"saes": standard(PRE, 99)}, "'blocks.1.hook_resid_pre' differs from that of the effects"),
         ({"saes": linear(PRE)}, "differs from that of the effects"),
-        ({"saes": bridge.at("blocks.1.hook_attn_out")}, "the SAEs read blocks.1.hook_attn_out: expected one of the residual"),
+        (
+            {"saes": bridge.at("blocks.1.hook_attn_out")},
+            "the SAEs are at 'blocks.1.hook_attn_out': expected one of the residual",
+        ),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             compare(features, components, **{"model": bridge.model, "saes": sae, "pairs": pairs, **options})
+
+
+def test_dictionaries_over_several_layers_are_left_out(bridge: Small) -> None:
+    pairs, coordinates = pairs_of(bridge), torch.eye(WIDTH).repeat(2, 1, 1)
+    hooks, nothing = ["blocks.0.hook_resid_post", POST], torch.zeros(2, WIDTH)
+    crosscoder = fp.dictionaries.Crosscoder(coordinates, coordinates, nothing[0], nothing, hook=hooks)
+    saes = [crosscoder, bridge.at(PRE)]
+    features = ranked(bridge.model, saes, pairs)
+    found = compare(features, heads_and_mlps(features, ["all"]), model=bridge.model, saes=saes, pairs=pairs)
+    assert set(found.writers["sae"]) == {PRE}
 
 
 @pytest.mark.parametrize("origin", ["noise", "ablation"])

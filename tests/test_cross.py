@@ -843,3 +843,33 @@ def test_options_that_do_not_fit(tmp_path: Path, bridge: Small) -> None:
         simple_clt(b_dec=random(LAYERS, WIDTH) * 1e6).save(tmp_path / "half", dtype="float16")
     with pytest.raises(fp.FeatpatchError, match="reads 48 values and the activations at .* together have 48|writes 36 values"):
         fp.rank_features(bridge.model, simple_crosscoder(), pairs_of(bridge))
+
+
+@pytest.mark.parametrize("kind", ["clt", "crosscoder"])
+def test_the_check_is_of_all_hook_points_together(tmp_path: Path, kind: str) -> None:
+    """Against the reference above, prompt by prompt; the loss with a reconstruction spliced in is of one hook point."""
+    small, errors, written, active = small_bridge(), [], [], []
+    tensors, state = save_clt(tmp_path / "clt", threshold=0.5, d_out=WIDTH), learned("CrossCoder")
+    for tokens in (tokens for pair in pairs_of(small) for tokens in (pair.clean, pair.corrupted)):
+        prompt = torch.tensor([tokens])
+        if kind == "clt":
+            x, y = (activations(small, prompt, names)[0] for names in (MID, MLP_OUT))
+            features = encoded(tensors, x)
+            errors.append(y - decoded(tensors, features))
+            active.append((features != 0).sum((0, 2)))
+        else:
+            y = activations(small, prompt, STREAM)[0]
+            features, rebuilt = crosscoded(state, y.transpose(0, 1))
+            errors.append(y - rebuilt.transpose(0, 1))
+            active.append((features[:, 0] != 0).sum(1))
+        written.append(flat(y)[0])
+    weights = [state[name] for name in ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")]
+    sae = fp.load_sae(tmp_path / "clt") if kind == "clt" else fp.dictionaries.Crosscoder(*weights, hook=STREAM)
+    (fit,) = fp.check(small.model, sae, pairs_of(small)).fits
+    rows = torch.cat(written)
+    expected = 1 - torch.stack(errors).square().sum() / (rows - rows.mean(0)).square().sum()
+    assert fit.explained_variance == pytest.approx(float(expected), rel=1e-9)
+    assert fit.l0 == pytest.approx(float(torch.cat(active).double().mean()))
+    assert max(fit.identity, fit.whole_site) < EXACT
+    with pytest.raises(fp.FeatpatchError, match="hook points and writes .*: expected one of each here"):
+        fp.loss_recovered(small.model, sae, pairs_of(small), progress=False)

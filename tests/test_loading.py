@@ -288,6 +288,7 @@ def test_whitening_from_disk_is_folded_in(tmp_path: Path, bridge: Small) -> None
         ({"device": "cuda:77"}, "device 'cuda:77' can't be used .* that torch finds on this machine: cpu.*; pass one"),
         ({"tokenizer": "folder"}, r"tokenizer='folder' is a str: .* pass tokenizer=AutoTokenizer.from_pretrained\('folder'\)"),
         ({"processing": ["fold"]}, r"processing=\['fold'\]: expected some of fold_ln"),
+        ({"processing": ["fold"], "model": 3}, r"processing=\['fold'\]: expected some of fold_ln"),
     ],
 )
 def test_unusable_requests(root: Path, options: dict[str, Any], message: str) -> None:
@@ -356,6 +357,35 @@ def test_the_self_check_adds_the_bos_of_the_model(root: Path) -> None:
         loaded = fp.load(GPT2LMHeadModel.from_pretrained(root / "model"), fp.load_sae(root / "saes" / HOOK), tokenizer=bare)
     assert loaded.check is not None
     assert not [warning for warning in caught if issubclass(warning.category, PairsWarning)]
+
+
+def test_what_a_model_in_memory_has_no_use_for(root: Path, bridge: Small) -> None:
+    tokenizer = fp.load(root / "model").model.tokenizer
+    model = GPT2LMHeadModel.from_pretrained(root / "model")
+    given: tuple[tuple[Any, dict[str, Any], str], ...] = (
+        (bridge.model, {"tokenizer": tokenizer}, "tokenizer=.* with a TransformerBridge: expected None, because the model is"),
+        (bridge.model, {"processing": ["fold_ln"]}, "processing=.* with a TransformerBridge: expected None"),
+        (bridge.model, {"processing": ["nonsense"]}, "processing=.*: expected some of fold_ln"),
+        (bridge.model, {"dtype": "float32"}, "dtype='float32' with a TransformerBridge: expected None"),
+        (bridge.model, {"device": "meta"}, "device='meta' with a TransformerBridge on cpu: expected the device of the model"),
+        (model, {"dtype": "bfloat16", "tokenizer": tokenizer}, "dtype='bfloat16' with a GPT2LMHeadModel: expected None"),
+    )
+    for source, options, message in given:
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.load(source, **options)
+    assert fp.load(bridge.model, device="cpu", processing=[]).model is bridge.model
+
+
+def test_arguments_of_load_sae_that_do_not_fit(root: Path) -> None:
+    folder = root / "saes" / HOOK
+    for options, message in (
+        ({"norm_scaling_factor": 0.25}, "norm_scaling_factor=0.25: expected None, because '.*' is not scaled"),
+        ({"dtype": "flot32"}, "^dtype"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.load_sae(folder, **options)
+    with pytest.raises(fp.FeatpatchError, match="^dtype"):
+        fp.load_sae("gpt2-small-res-jb/blocks.8.hook_resid_pre", dtype="flot32")
 
 
 @pytest.mark.parametrize(

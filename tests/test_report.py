@@ -455,3 +455,20 @@ def test_errors(study: dict[str, Any], tmp_path: Path) -> None:
 def test_a_grid_has_empty_cells_where_nothing_is_known() -> None:
     table = grid([[1.0, None], [float("nan"), float("inf")]], ["a", "b"], ["c", "d"], title="")
     assert str(table).count('class="none"') == 3
+
+
+def test_cards_without_writers(study: dict[str, Any], tmp_path: Path) -> None:
+    """Of transcoders, and of the rows of some pairs, no writers are known: the cards leave them out."""
+    demo, pairs, options = fp.load_demo(), study["pairs"], {"positions": ["S2"], "progress": False}
+    transcoder = demo.transcoders[1]
+    crosscoder = demo.crosscoder
+    components = fp.rank_components(study["model"], pairs, sites="z", **options)
+    for effects, saes in (
+        (fp.rank_features(study["model"], transcoder, pairs, **options), transcoder),
+        (fp.rank_features(study["model"], crosscoder, pairs, **options), crosscoder),
+        (study["effects"].of_pairs([0, 1]), study["saes"]),
+    ):
+        page = fp.report(
+            effects, tmp_path / "r.html", model=study["model"], pairs=pairs, saes=saes, components=components
+        ).read_text()
+        assert "change written by" not in page

@@ -249,6 +249,15 @@ def test_controls_that_reach_the_feature_count() -> None:
     assert Controls(feature, random).share() == Controls(feature, random).share("degradation") == pytest.approx(2 / 3)
 
 
+def test_controls_of_one_direction(small: Small) -> None:
+    found = fp.random_controls(
+        small.model, small.at(SITE), pairs_of(small), n=3, position="all", directions=["noising"], progress=False
+    )
+    assert found.share() == found.share("degradation")
+    with pytest.raises(fp.FeatpatchError, match="effect='recovery': expected one of the measured effects, degradation"):
+        found.share("recovery")
+
+
 def test_sets_that_change_nothing_are_not_run() -> None:
     changes = torch.zeros(3, 2, 4)
     changes[1, 1, 2] = -1

@@ -129,12 +129,31 @@ def test_a_tokenizer_as_a_function() -> None:
         ({"n": 0}, "n=0: expected an integer, 1 or more"),
         ({"seed": -1}, "seed=-1: expected an integer, 0 or more"),
         ({"names": ["Xaver", "Ottilie"]}, "none of the words 'Xaver', 'Ottilie' is one token"),
-        ({"templates": ["{IO} met {S1}. {S2} greets Zebulon and"]}, "only 0 of 32 pairs fit this tokenizer"),
+        ({"templates": ["{IO} met {S1}. {S2} greets Zebulon and"]}, "none of the .* pairs that were tried fits this tokenizer"),
     ],
 )
 def test_what_can_not_be_drawn(options: dict[str, Any], message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.tasks.ioi(fp.load_demo().model.tokenizer, **options)
+
+
+@pytest.mark.parametrize("name", ["ioi", "capitals", "greater_than", "sentiment"])
+def test_templates_that_are_none(name: str) -> None:
+    task, tokenizer = getattr(fp.tasks, name), fp.load_demo().model.tokenizer
+    for options, message in (
+        ({"templates": []}, r"templates=\[\]: expected a list of at least one text"),
+        ({"templates": "When {IO} met {S1}, {S2} saw"}, "templates='When .*: expected a list"),
+        ({"templates": ["Once upon a time"]}, "template 'Once upon a time' has no {.*}: expected a text with {"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            task(tokenizer, 2, **options)
+
+
+def test_a_slot_that_is_unknown() -> None:
+    with pytest.raises(
+        fp.FeatpatchError, match="has {name}: expected a text with {IO}, {S1}, {S2}, and no slots but {IO}, .*{object}$"
+    ):
+        fp.tasks.ioi(fp.load_demo().model, 2, templates=["{name}, {IO} and {S1} left, {S2} waved at"])
 
 
 def test_labels_at_different_positions_make_no_pair() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import run
-from small import Small, standard
+from small import Small, small_bridge, standard
+from test_cross import simple_clt
 from test_sets import pairs_of
 
 import featpatch as fp
@@ -52,6 +53,37 @@ def test_rows_come_out_again(small: Small, tmp_path: Path, kind: str) -> None:
     assert np.isinf(max(missing.differences))
     older = replace(table, metadata={**table.metadata, "versions": {**table.metadata["versions"], "torch": "1.0"}})
     assert fp.verify(older, small.model, pairs_of(small), saes=saes, rows=1, **OPTIONS).versions[0].startswith("torch: 1.0 -> ")
+
+
+@pytest.mark.parametrize("combine", [None, "add", "set"])
+def test_patches_at_several_hook_points_come_out_again(combine: Any) -> None:
+    """With the meaning of the table, in a ranking of features, of nodes alone, and of nodes with their joint patch."""
+    small, clt = small_bridge(), simple_clt()
+    pairs, options = pairs_of(small), {**OPTIONS, "combine": combine}
+    ranked = fp.rank_features(small.model, clt, pairs, **options)
+    low = [node for node in ranked.top(8, kind="feature").nodes if not node.site.startswith("blocks.2")][:2]
+    tables = [ranked, *(fp.rank_nodes(small.model, pairs, low, saes=clt, together=both, **options) for both in (False, True))]
+    for table in tables:
+        found = fp.verify(table, small.model, pairs, saes=clt, rows=len(table), **OPTIONS)
+        assert max(found.differences) < 1e-9
+        alone = fp.verify(table.where(kind="feature"), small.model, pairs, saes=clt, rows=2, **OPTIONS)
+        assert max(alone.differences) < 1e-9
+
+
+def test_rows_that_a_table_does_not_store(small: Small) -> None:
+    sae, pairs = small.at("blocks.1.hook_resid_pre"), pairs_of(small)
+    ranked = fp.rank_features(small.model, sae, pairs, **OPTIONS)
+    nodes = ranked.top(3, kind="feature").nodes
+    joint = fp.rank_nodes(small.model, pairs, [nodes[0], fp.Patch(nodes[1:], "two")], saes=sae, **OPTIONS)
+    random = fp.random_controls(small.model, sae, pairs, n=3, **OPTIONS).random
+    for table, message in (
+        (joint, "the row 'two together @ all' is of several nodes or of a random direction"),
+        (random, "of a random direction"),
+        (ranked.where(kind="feature", index=10**6), "the table has no rows: expected at least one"),
+    ):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            fp.verify(table, small.model, pairs, saes=sae, **OPTIONS)
+    assert fp.verify(joint.where(kind="feature"), small.model, pairs, saes=sae, **OPTIONS).ok
 
 
 def test_what_is_refused(small: Small) -> None:

@@ -8,7 +8,8 @@ import jaxtyping
 import pytest
 import torch
 from commands import run
-from small import Small, small_bridge
+from small import Small, small_bridge, small_hooked
+from test_cross import simple_crosscoder
 
 import featpatch as fp
 from featpatch.cli.options import spans
@@ -162,6 +163,21 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     ),
     "load_sae": lambda small, pairs, effects, x: fp.load_sae(x if x != "x" else "./x"),
     "load": lambda small, pairs, effects, x: fp.load(x if x != "x" else "./x"),
+    "rank_components pattern entries": lambda small, pairs, effects, x: fp.rank_components(
+        small.model, pairs, sites="pattern_entry", positions=x
+    ),
+    "Crosscoder threshold": lambda small, pairs, effects, x: simple_crosscoder(threshold=x or [0.1] * 6),
+    "identity hook": lambda small, pairs, effects, x: fp.dictionaries.identity(small_hooked().model, x),
+    "neurons layer": lambda small, pairs, effects, x: fp.dictionaries.neurons(small.model, x),
+    "stability seed": lambda small, pairs, effects, x: effects.stability("recovery", seed=-1 if x == 10**30 else x),
+    "Pairs.drop verdicts": lambda small, pairs, effects, x: pairs.drop(pairs.check(small.model), [x]),
+    "tasks.ioi templates": lambda small, pairs, effects, x: fp.tasks.ioi(list, 2, templates=x),
+    "tasks.ioi template": lambda small, pairs, effects, x: fp.tasks.ioi(list, 2, templates=[x]),
+    "tasks.ioi corruptions": lambda small, pairs, effects, x: fp.tasks.ioi(list, 2, corruptions=x),
+    "diagnose": lambda small, pairs, effects, x: fp.diagnose(small.model, small.at(SITE), pairs, x),
+    "max_activating texts": lambda small, pairs, effects, x: fp.max_activating(
+        small.model, small.at(SITE), [FEATURE], (line for line in [x])
+    ),
 }
 
 

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr
 
+from featpatch.effects.statistics import spearman
 from featpatch.effects.table import Effects
-from featpatch.errors import FeatpatchError, check_kinds
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.nodes import Effect, Node
 from featpatch.untrusted import in_figure, visible
 
@@ -48,12 +49,14 @@ class Calibration:
         `slope`: exact over estimate, by least squares through 0. Estimates without sign (`"grad_drop"`) are compared with
         |exact|, and `signs` is NaN.
         """
+        check_numbers(1, k=k)
         names = np.array([node.sae or node.site for node in self.nodes])
         rows = [("all", np.ones(len(names), dtype=bool)), *((name, names == name) for name in dict.fromkeys(names))]
         return pd.DataFrame([{"site": name, **self._agreement(at, k)} for name, at in rows])
 
     def misses(self, n: int = 10) -> pd.DataFrame:
         """Return the n rows in which the estimate is farthest from the exact effect, farthest first."""
+        check_numbers(0, n=n)
         worst = np.argsort(-np.abs(self.estimate - self.exact), kind="stable")[:n]
         return pd.DataFrame(
             {"node": [str(self.nodes[row]) for row in worst], "estimate": self.estimate[worst], "exact": self.exact[worst]}
@@ -89,7 +92,7 @@ class Calibration:
         return {
             "rows": float(len(estimate)),
             "pearson": float(pearsonr(estimate, exact).statistic) if varied else np.nan,
-            "spearman": float(spearmanr(estimate, exact).statistic) if varied else np.nan,
+            "spearman": spearman(estimate, exact),
             "recall": len(top[0] & top[1]) / k if len(estimate) > k else np.nan,
             "signs": float((np.sign(estimate) == np.sign(exact)).mean()) if self.signed and len(estimate) else np.nan,
             "slope": float(estimate @ exact) / size if size else np.nan,

@@ -27,13 +27,13 @@ from featpatch.model.layer import Head, head_from
 from featpatch.model.lens import Lens
 from featpatch.model.projections import attention_outputs, rounding, wide
 from featpatch.model.transformer_lens import wrap
+from featpatch.nodes import numbered
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.sae.codec import gain
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any
 from featpatch.untrusted import in_figure
 
 Rows = Float[torch.Tensor, "rows d"]
-
 TOKENS = 256
 """The largest number of tokens that share a forward pass; all components are read in it."""
 ATTENTION = ("head", "attention", "attention bias")
@@ -59,7 +59,7 @@ class Term:
     sae: str = ""
 
     def __str__(self) -> str:
-        name = self.kind if self.index is None else f"{self.kind} {self.index}"
+        name = numbered(self.kind, self.index)
         return f"{name} of {self.sae}" if self.sae else name if self.layer is None else f"layer {self.layer} {name}"
 
 

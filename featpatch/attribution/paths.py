@@ -35,7 +35,7 @@ from featpatch.nodes import LOGITS, Direction, Edge, Node, check_reached, check_
 from featpatch.pairs.pair import spans, spans_of
 from featpatch.pairs.pairs import check_counterfactual
 from featpatch.sae.dictionary import Dictionary, dictionaries_if_any, digests
-from featpatch.sae.nodes import check_nodes, names_of
+from featpatch.sae.nodes import CODED, check_nodes, names_of, owner_of
 from featpatch.sites import ROUTES, Route
 
 
@@ -61,7 +61,7 @@ class Receiving:
         if node == LOGITS:
             last = sites.resid_post(lens.n_layers - 1)
             return cls(node, last, last)
-        owner = next((d for d in found if d.name == node.sae and d.writes == node.site), None)
+        owner = owner_of(node, found)
         if owner is not None and node.kind == "feature" and owner.behaviour.linear:
             return cls(node, owner.reads, owner.writes, owner)
         site = lens.site(node.site)
@@ -181,9 +181,9 @@ def _estimators(lens: Lens, senders: Sequence[Node], found: Sequence[Dictionary]
     """Return estimators that cover the senders; raise a FeatpatchError if a node can't be a sender."""
     estimators: dict[tuple[str, str], Estimator] = {}
     for node in senders:
-        owner = next((d for d in found if d.name == node.sae and d.writes == node.site), None)
+        owner = owner_of(node, found)
         site = lens.site(node.site)
-        if owner is not None and node.kind in ("feature", "error", "all_features"):
+        if owner is not None and node.kind in CODED:
             estimators["sae", owner.name] = FeatureEstimator(owner)
         elif node.kind == "head" and sites.is_component(site, "z"):
             estimators["heads", site] = ComponentEstimator(site, site, "z")

@@ -21,7 +21,7 @@ from featpatch.comparison.tables import ContributionTables
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, listed
 from featpatch.frame import Frame, text
-from featpatch.nodes import Effect
+from featpatch.nodes import TOGETHER, Effect
 from featpatch.pairs.pairs import Pairs
 from featpatch.untrusted import in_figure, visible
 
@@ -152,7 +152,8 @@ def _by_dictionary(features: Effects, effects: Sequence[Effect]) -> pd.DataFrame
         if node.kind == "feature":
             rows[node.sae, node.site, node.position].append(row)
     frame = whole.sites()
-    frame = frame[[place in shown for place in zip(frame["site"], frame["position"], strict=True)]].reset_index(drop=True)
+    places = zip(frame["site"], frame["position"], strict=True)
+    frame = frame[[(site, at) in shown and not site.endswith(TOGETHER) for site, at in places]].reset_index(drop=True)
     kept = frame[["sae", "site", "position", "changed_features"]].astype({"changed_features": "Int64"})
     found = [rows[key] for key in zip(frame["sae"], frame["site"], frame["position"], strict=True)]
     for effect in effects:

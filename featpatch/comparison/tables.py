@@ -71,10 +71,10 @@ class ContributionTables:
         lens = wrap(model)
         found = dictionaries(lens, saes)
         _check_origin(features, lens.digest(), found, pairs)
-        stream = {dictionary.name: dictionary for dictionary in found if sites.is_stream(dictionary.reads)}
+        stream = {dictionary.name: dictionary for dictionary in found if reads_stream(dictionary)}
         if not stream:
             raise FeatpatchError(
-                f"the SAEs read {', '.join(dictionary.reads for dictionary in found)}: expected one of the residual stream "
+                f"the SAEs are at {', '.join(dictionary.place for dictionary in found)}: expected one of the residual stream "
                 "(hook_resid_pre, _mid or _post), which components write to; pass such SAEs, or compare without model, saes "
                 "and pairs"
             )
@@ -93,6 +93,11 @@ class ContributionTables:
             known.frame([row for node in targets for row in written if row.feature == node]),
             _notes(writers),
         )
+
+
+def reads_stream(dictionary: Dictionary) -> bool:
+    """Return whether components write what a dictionary reads: one hook point of the residual stream."""
+    return len(dictionary.inputs) == len(dictionary.outputs) == 1 and sites.is_stream(dictionary.reads)
 
 
 def _check_origin(features: Effects, model: str, found: list[Dictionary], pairs: Pairs) -> None:

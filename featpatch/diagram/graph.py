@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from featpatch import sites
 from featpatch.errors import FeatpatchError
-from featpatch.nodes import TOGETHER, Edge, Node, Position
+from featpatch.nodes import LOGITS, TOGETHER, Edge, Node, Position, numbered
 from featpatch.untrusted import visible
 
-LOGITS = "logits"
 """The `site` of the output node."""
 
 ORDER = (
@@ -35,7 +34,7 @@ def is_group(node: Node) -> bool:
 
 def is_end(node: Node) -> bool:
     """Return whether a node is the embedding or the logits, which belong to no layer."""
-    return node.site in (sites.EMBEDDING, LOGITS)
+    return node.site in (sites.EMBEDDING, LOGITS.site)
 
 
 def component(node: Node) -> str:
@@ -61,7 +60,7 @@ def height(node: Node) -> tuple[float, int, str]:
 def row(node: Node) -> str:
     """Return the name of the row of a node, such as `L1 mlp`."""
     if is_end(node):
-        return "embed" if node.site == sites.EMBEDDING else LOGITS
+        return "embed" if node.site == sites.EMBEDDING else LOGITS.site
     if is_group(node):
         return "groups"
     name = component(node)
@@ -73,7 +72,7 @@ def short(node: Node) -> str:
     if is_group(node):
         return node.site.removesuffix(TOGETHER)
     if node.kind != "activation":
-        return node.kind.replace("_", " ") if node.index is None else f"{node.kind} {node.index}"
+        return numbered(node.kind.replace("_", " "), node.index)
     name = row(node)
     return name if is_end(node) else name.split(" ", 1)[1]
 

@@ -10,9 +10,9 @@ import pandas as pd
 
 from featpatch import sites
 from featpatch.diagram.draw import middles
-from featpatch.diagram.graph import INPUTS, LOGITS, Content, content, digits, is_end, is_group, label, layout, short
+from featpatch.diagram.graph import INPUTS, Content, content, digits, is_end, is_group, label, layout, short
 from featpatch.errors import FeatpatchError, check_kinds, counted, is_integer
-from featpatch.nodes import Node, Patch
+from featpatch.nodes import LOGITS, Node, Patch
 from featpatch.page.page import Block, Section, block, page, table
 
 
@@ -88,9 +88,9 @@ def viewer_json(
             f"{str(group)!r} is a group, which belongs to no layer: expected a graph of its members; pass the group as "
             "groups=..."
         )
-    outputs = [node for node in said.nodes if node.site == LOGITS]
+    outputs = [node for node in said.nodes if node.site == LOGITS.site]
     if len(outputs) > 1:
-        raise FeatpatchError(f"the graph has {len(outputs)} output nodes: expected at most one node at {LOGITS!r}")
+        raise FeatpatchError(f"the graph has {len(outputs)} output nodes: expected at most one node at {LOGITS.site!r}")
     if not isinstance(positions, Mapping | None):
         raise FeatpatchError(f"positions={positions!r}: expected the token index of each label, such as pairs[0].labels")
     placed = [_position(node, len(tokens), positions or {}) for node in said.nodes]
@@ -113,7 +113,7 @@ def viewer_json(
             "ctx_idx": placed[n],
             "feature_type": _type(said.nodes[n]),
             "token_prob": 0.0,
-            "is_target_logit": said.nodes[n].site == LOGITS,
+            "is_target_logit": said.nodes[n].site == LOGITS.site,
             "run_idx": 0,
             "reverse_ctx_idx": 0,
             "jsNodeId": f"{layers[n]}_{number}-{placed[n]}",
@@ -194,7 +194,7 @@ def _position(node: Node, n_tokens: int, labels: Mapping[str, int | tuple[int, .
 def _layers(said: Content) -> list[str]:
     """Return the layer of each node as text: E for the embedding, and for the output two more than the highest layer."""
     above = max((sites.layer_of(node.site) for node in said.nodes if not is_end(node)), default=-1) + 2
-    ends = {sites.EMBEDDING: "E", LOGITS: str(above)}
+    ends = {sites.EMBEDDING: "E", LOGITS.site: str(above)}
     return [ends[node.site] if is_end(node) else str(sites.layer_of(node.site)) for node in said.nodes]
 
 
@@ -222,7 +222,7 @@ def cantor(layer: int, index: int) -> int:
 
 def _type(node: Node) -> str:
     """Return the type of a node, by which viewers choose its marker and text; unknown types are drawn as circles."""
-    if node.site == LOGITS:
+    if node.site == LOGITS.site:
         return "logit"
     if node.kind == "feature":
         return "cross layer transcoder"
@@ -236,7 +236,7 @@ def _type(node: Node) -> str:
 
 def _text(node: Node) -> str:
     """Return the text of a node; for the output, in the format that viewers parse."""
-    return f'Output "{LOGITS}" (p=?)' if node.site == LOGITS else escaped(label(node))
+    return f'Output "{LOGITS.site}" (p=?)' if node.site == LOGITS.site else escaped(label(node))
 
 
 def escaped(text: str) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata
 
 from featpatch.effects import statistics
 from featpatch.effects.measured import Measured
 from featpatch.effects.selection import WHERE_CHANGED
-from featpatch.effects.statistics import quadrant_labels
+from featpatch.effects.statistics import quadrant_labels, spearman
 from featpatch.errors import FeatpatchError, check_numbers, counted, decimal, is_integer
 from featpatch.metrics import NEAR_ZERO, size
 from featpatch.nodes import TOGETHER, Edge, Effect, Node, Position
@@ -248,12 +248,13 @@ def split_half(change: NDArray[np.float64], gap: NDArray[np.float64], splits: in
             "choose an effect that was measured, or rank more positions or SAEs"
         )
     check_numbers(1, splits=splits, top=top)
+    check_numbers(0, seed=seed)
     rng = np.random.default_rng(seed)
     order = rng.permuted(np.tile(np.arange(pairs), (splits, 1)), axis=1)
     member = np.zeros((pairs, splits))
     np.put_along_axis(member, order[:, : pairs // 2].T, 1, axis=0)
     one, other = change @ member, change @ (1 - member)  # [features, splits]
-    correlations = [_spearman(a, b) for a, b in zip(one.T, other.T, strict=True)]
+    correlations = np.nan_to_num([spearman(a, b) for a, b in zip(one.T, other.T, strict=True)])
     low, high = np.quantile(correlations, [0.025, 0.975])
     overlap = np.nan
     if features > top:
@@ -270,8 +271,3 @@ def split_half(change: NDArray[np.float64], gap: NDArray[np.float64], splits: in
         pairs=pairs,
         splits=splits,
     )
-
-
-def _spearman(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """Return the rank correlation, or 0 if one side is constant."""
-    return float(spearmanr(one, other).statistic) if np.ptp(one) and np.ptp(other) else 0.0

@@ -42,7 +42,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from scipy.stats import false_discovery_control, norm, t
+from scipy.stats import false_discovery_control, norm, spearmanr, t
 
 from featpatch.errors import FeatpatchError, is_number
 
@@ -68,6 +68,11 @@ def expanded(pairs: int) -> float:
     """
     tail = norm.cdf(-np.sqrt(pairs / (pairs - 1)) * t.ppf((1 + CONFIDENCE) / 2, pairs - 1))
     return float(1 - 2 * tail)
+
+
+def spearman(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """Return the rank correlation of two columns; NaN for fewer than 2 rows, or if one of them is constant."""
+    return float(spearmanr(one, other).statistic) if len(one) > 1 and np.ptp(one) and np.ptp(other) else float("nan")
 
 
 def interval(change: NDArray[np.float64], gap: NDArray[np.float64]) -> NDArray[np.float64]:

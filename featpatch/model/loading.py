@@ -208,7 +208,13 @@ def _without_report() -> Iterator[None]:
 
 
 def load_model(
-    source: Any, *, tokenizer: Any = None, device: str = "cpu", dtype: str = "float32", processing: Collection[str] = ()
+    source: Any,
+    *,
+    tokenizer: Any = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    processing: Collection[str] | None = None,
+    trained: Collection[str] = (),
 ) -> Any:
     """Load a model as a TransformerBridge; a TransformerLens model is returned as it is.
 
@@ -216,13 +222,18 @@ def load_model(
         source: a hub name, a Hugging Face folder, a Hugging Face model in memory, or a TransformerLens model. A compiled model
             is replaced by the module that was passed to torch.compile.
         tokenizer: the tokenizer of a Hugging Face model in memory, or of a model that comes without one.
-        device, dtype: the device and the dtype of a model that is loaded by name or from a folder.
-        processing: the weight processing of a TransformerBridge that is made here, from `PROCESSED`; none by default.
+        device, dtype: the device and the dtype of a model that is loaded by name or from a folder; cpu and float32 by default.
+        processing: the weight processing of a TransformerBridge that is made here, from `PROCESSED`; `trained` by default.
             A model in memory is copied first.
+        trained: the weight processing with which the SAEs of the model were trained.
 
     Raises:
-        FeatpatchError: there is no such model, it can't be loaded, or it can't be patched.
+        FeatpatchError: there is no such model, it can't be loaded, it can't be patched, or an argument has no use.
     """
+    if set(processing or ()) - set(PROCESSED):
+        raise FeatpatchError(f"processing={list(processing or ())}: expected some of {', '.join(PROCESSED)}")
+    if device is not None:
+        check_device(device)
     if isinstance(tokenizer, (str, Path)):
         raise FeatpatchError(
             f"tokenizer={str(tokenizer)!r} is a {type(tokenizer).__name__}: expected the tokenizer itself; pass "
@@ -232,20 +243,20 @@ def load_model(
     check_form(source)
     if isinstance(source, torch.nn.Module):
         check_finite(f"the {type(source).__name__}", getattr(source, "original_model", source))
+        _check_unused(source, device, dtype=dtype)
     if isinstance(source, TransformerBridge | HookedTransformer):
+        _check_unused(source, device, tokenizer=tokenizer, processing=processing or None)
         return source
+    processing = trained if processing is None else processing
     if isinstance(source, PreTrainedModel):
         bridge = _around(deepcopy(source) if processing else source, tokenizer)
     elif isinstance(source, str | Path):
-        bridge = _booted(str(source), tokenizer, device, dtype)
+        bridge = _booted(str(source), tokenizer, device or "cpu", dtype or "float32")
     else:
         raise FeatpatchError(
             f"the model is a {type(source).__name__}: expected a name, a folder, a Hugging Face model with its tokenizer, or a "
             "TransformerBridge or HookedTransformer"
         )
-    unknown = set(processing) - set(PROCESSED)
-    if unknown:
-        raise FeatpatchError(f"processing={list(processing)}: expected some of {', '.join(PROCESSED)}")
     if processing:
         try:
             bridge.enable_compatibility_mode(disable_warnings=True, **{name: name in processing for name in PROCESSED})
@@ -262,8 +273,23 @@ def load_model(
     return bridge
 
 
+def _check_unused(model: torch.nn.Module, device: str | None, **given: Any) -> None:
+    """Raise a FeatpatchError if an argument is given that a model in memory has no use for, or another device than its own."""
+    kind, here = type(model).__name__, next(model.parameters()).device
+    for name, value in given.items():
+        if value is not None:
+            raise FeatpatchError(
+                f"{name}={value!r:.60} with a {kind}: expected None, because the model is used as it is; leave {name} out, or "
+                "change the model before you pass it"
+            )
+    if device is not None and torch.device(device).type != here.type:
+        raise FeatpatchError(
+            f"device={device!r} with a {kind} on {here}: expected the device of the model; leave device out, or move the model "
+            "before you pass it"
+        )
+
+
 def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> TransformerBridge:
-    check_device(device)
     numbers = getattr(torch, dtype, None)
     if not isinstance(numbers, torch.dtype):
         raise FeatpatchError(f"dtype {dtype!r} is unknown: expected float32, bfloat16, float16 or float64")

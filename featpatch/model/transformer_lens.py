@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import PosEmbedBridge
 
 from featpatch import sites
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.model.layer import ACTIVATIONS, Layer, Linear, Mlp, Rotation, Stack, UnsupportedError, build, norm_of, softcap_of
 from featpatch.model.lens import Edit, Fired, Lens, answering
 from featpatch.threads import exclusively, in_this_thread
@@ -35,6 +35,7 @@ class HookedLens(Lens):
         Raises:
             FeatpatchError: the model has no such hook point, or has a norm after the module.
         """
+        check_kinds(str, hook=name)
         added = sites.of_output(name)
         if added is None or name in self.hook_points or added not in self.hook_points:
             return super().site(name)
@@ -308,8 +309,7 @@ def _threaded(kind: type) -> type:
     """Make a subclass of a class of learned positions in which every thread has its own batch size.
 
     TransformerBridge stores the batch size of the current call on the module (transformer-lens 3.9). The class is cached here
-    and
-    not on the lens, which must be picklable for workers.
+    and not on the lens, which must be picklable for workers.
     """
     rows = local()
     size = property(

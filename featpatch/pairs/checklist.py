@@ -349,7 +349,7 @@ def without(pairs: Sequence[Pair], found: Checklist, dropped: str | Sequence[str
         )
     check_kinds((str, Sequence), verdicts=dropped)
     names = [dropped] if isinstance(dropped, str) else list(dropped)
-    unknown = [name for name in names if name not in SEVERITY]
+    unknown = [name for name in names if not isinstance(name, str) or name not in SEVERITY]
     if unknown:
         raise FeatpatchError(f"verdicts {', '.join(map(repr, unknown))}: expected some of {', '.join(SEVERITY)}")
     left = tuple(pair for pair, verdict in zip(pairs, found.verdicts(), strict=True) if verdict not in names)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from featpatch.errors import FeatpatchError, each, errors_about
+from featpatch.errors import FeatpatchError, closest, each, errors_about
 from featpatch.pairs.build import filler_id, make
 from featpatch.pairs.files import Rows, fitting, parsed
 from featpatch.pairs.pair import Pair, positions_of
@@ -108,9 +108,16 @@ def from_line(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: boo
     """Return the fields of one pair from a line of JSON, or the pair itself if its prompts are token ids.
 
     Raises:
-        FeatpatchError: a field has the wrong type.
+        FeatpatchError: a field is unknown or has the wrong type.
     """
-    return _of_ids(tokenizer, row, long_answers) if isinstance(row["clean"], list) else checked(row)
+    ids = isinstance(row["clean"], list)
+    known = (*NEEDED, *OBJECTS, "tags", *(("special", "answer_position") if ids else ()))
+    if unknown := [field for field in row if field not in known]:
+        raise FeatpatchError(
+            f"{', '.join(map(repr, unknown))} in {str(dict(row))[:60]!r}: expected only {', '.join(known)}; put other "
+            f"information into tags{closest(unknown[0], known)}"
+        )
+    return _of_ids(tokenizer, row, long_answers) if ids else checked(row)
 
 
 def _of_ids(tokenizer: Tokenizer, row: Mapping[str, Any], long_answers: bool) -> Pair:

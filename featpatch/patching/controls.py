@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from featpatch.effects.selection import measured_effect
 from featpatch.effects.table import Effects
 from featpatch.engine.patches import Block, Deltas
 from featpatch.errors import FeatpatchError, check_numbers, decimal
@@ -36,8 +37,16 @@ class Controls:
     feature: Effects
     random: Effects
 
-    def share(self, effect: Effect = "recovery") -> float:
-        """Return the share of random directions whose pooled effect is at least as large as the feature's."""
+    def share(self, effect: Effect | None = None) -> float:
+        """Return the share of random directions whose pooled effect is at least as large as the feature's.
+
+        Args:
+            effect: the effect; by default the first that was measured.
+
+        Raises:
+            FeatpatchError: the effect was not measured.
+        """
+        effect = measured_effect(effect, self.feature.directions_run())
         return float((self.random.pooled(effect) >= self.feature.pooled(effect)[0]).mean())
 
     def __repr__(self) -> str:
@@ -51,7 +60,7 @@ class Controls:
 
 def random_controls(
     model: Any,
-    sae: Any,
+    saes: Any,
     pairs: Pairs,
     *,
     feature: int | None = None,
@@ -69,10 +78,11 @@ def random_controls(
     sign, along a random unit vector. A control uses the same unit vector in every pair and at every position.
 
     Args:
+        saes: a single SAE, as in `fp.select_features`.
         feature: the index of the feature; by default that of the largest effect at the position.
         n: the number of random directions.
         seed: the seed for the random directions.
-        model, sae, pairs, position, directions, metric, batch_rows, progress: as in `fp.select_features`.
+        model, pairs, position, directions, metric, batch_rows, progress: as in `fp.select_features`.
 
     Returns:
         The effects of the feature and of the random directions, and the share of these that reach the feature's effect.
@@ -91,7 +101,7 @@ def random_controls(
     check_numbers(1, n=n)
     check_numbers(0, seed=seed)
     at: Positions = "all" if position == "all" else [position]
-    study, found = feature_study(model, sae, pairs, positions=at, directions=directions, metric=metric, batch_rows=batch_rows)
+    study, found = feature_study(model, saes, pairs, positions=at, directions=directions, metric=metric, batch_rows=batch_rows)
     if len(found) != 1:
         raise FeatpatchError(f"there are {len(found)} SAEs: expected exactly one; call this function once per SAE")
     (dictionary,) = found

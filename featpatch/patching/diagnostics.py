@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 
+from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, each
 from featpatch.frame import Frame
 from featpatch.model.facts import check_tokens
@@ -44,7 +45,7 @@ SUMS = ("along", "intended", "leaked", "whole", "moved", "before", "after")
 
 @torch.no_grad()
 def diagnose(
-    model: Any, saes: Any, pairs: Pairs, nodes: Sequence[Node], *, directions: Sequence[Direction] = DIRECTIONS
+    model: Any, saes: Any, pairs: Pairs, nodes: Sequence[Node] | Effects, *, directions: Sequence[Direction] = DIRECTIONS
 ) -> pd.DataFrame:
     """Diagnose what patching single nodes does to the activation, and to the features that are read from it afterwards.
 
@@ -55,7 +56,8 @@ def diagnose(
         model: a TransformerBridge or a HookedTransformer.
         saes: SAEs as in `rank_features`.
         pairs: clean and corrupted prompts; their answers are not used.
-        nodes: the nodes to diagnose, e.g. `effects.top(20).nodes`, of a kind in `KINDS`, at `"all"`, a label or an index.
+        nodes: the nodes to diagnose, or a table of effects such as `effects.top(20)`; of a kind in `KINDS`, at `"all"`, a label
+            or an index.
         directions: `"denoising"`, `"noising"` or both.
 
     Returns:
@@ -77,14 +79,17 @@ def diagnose(
         FeatpatchError: there are no nodes, or a hook point, dictionary, feature, position or direction is unknown.
 
     Examples:
-        >>> table = fp.diagnose(model, saes, pairs, effects.top(3).nodes, directions=["denoising"])
+        >>> table = fp.diagnose(model, saes, pairs, effects.top(3), directions=["denoising"])
         >>> table[["index", "arrived", "leakage", "norm_ratio", "outside"]].shape
         (3, 5)
     """
     check_counterfactual(pairs)
     ways = check_directions(directions)
+    nodes = getattr(nodes, "nodes", nodes)
     if not isinstance(nodes, Sequence) or not nodes or not all(isinstance(node, Node) for node in nodes):
-        raise FeatpatchError(f"nodes={nodes!r:.80}: expected a sequence of at least one fp.Node, e.g. effects.top(20).nodes")
+        raise FeatpatchError(
+            f"nodes={nodes!r:.80}: expected a list of at least one fp.Node, or a table of effects, such as effects.top(20)"
+        )
     others = sorted({node.kind for node in nodes} - set(KINDS))
     if others:
         raise FeatpatchError(

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from featpatch.errors import FeatpatchError, check_kinds, counted, errors_about
 from featpatch.model.cached import cached
-from featpatch.model.lens import Fired, Lens, keeping
+from featpatch.model.lens import Fired, Lens, added, keeping
 from featpatch.model.transformer_lens import ActivationCache, wrap
 from featpatch.nodes import Node, Patch
 from featpatch.pairs.pair import Pair, token_index
@@ -274,7 +274,7 @@ def _on_prompt(
         if shown is not None:
             delta = delta.masked_fill(~shown.to(delta.device), 0)
         changed = activation.clone()
-        changed[:, :length] += delta.reshape(-1, length, *activation.shape[2:]).to(activation)
+        changed[:, :length] = added(activation[:, :length], delta.reshape(-1, length, *activation.shape[2:]))
         total.count += 1
         return changed
 

@@ -225,7 +225,9 @@ def node_study(
             f"combine={combine!r} with nodes that are patched alone, each at one hook point: expected joint patches "
             "or features that write to several hook points; leave combine out, or pass together=True"
         )
-    about = {"saes": digests(found), "nodes": list(map(str, rows))}
+    about: dict[str, Any] = {"saes": digests(found), "nodes": list(map(str, rows))}
+    if meaning is not None:
+        about["combine"] = meaning
     if patches:
         if meaning is None:
             at_once = {name: some for name, some in patches.items() if _adds_up(some, found)}
@@ -243,7 +245,6 @@ def node_study(
                     "it; use combine='add', or leave combine out"
                 )
             joints = [SummedPart(members, patches, meaning)]
-            about["combine"] = meaning
         try:
             _check_parts(joints, pairs)
         except FeatpatchError as error:

@@ -25,7 +25,7 @@ from featpatch.patching.components import HeadPart, WholePart
 from featpatch.patching.features import FeaturePart
 from featpatch.patching.runs import PairRuns, Run
 from featpatch.sae.dictionary import Dictionary
-from featpatch.sae.nodes import names_of
+from featpatch.sae.nodes import names_of, owner_of
 from featpatch.sites import Route
 
 Place = tuple[int, str]
@@ -210,8 +210,8 @@ def receiver_of(lens: Lens, node: Node, found: Sequence[Dictionary]) -> Receiver
     if node == LOGITS:
         last = sites.resid_post(lens.n_layers - 1)
         return WholeReceiver(node, (last,), last)
-    owner = next((dictionary for dictionary in found if dictionary.name == node.sae), None)
-    if owner is not None and owner.writes == node.site and node.kind in ("feature", "error"):
+    owner = owner_of(node, found)
+    if owner is not None and node.kind in ("feature", "error"):
         if node.kind == "feature" and not owner.behaviour.linear:
             raise FeatpatchError(
                 f"receiver {str(node)!r}: expected a feature of a dictionary with a linear decoder; leave this receiver out"

@@ -201,6 +201,8 @@ def interactions(
     """
     if features is not None and top is not None:
         raise FeatpatchError(f"top={top!r} with features: expected only one of them; leave top out")
+    if top is not None:
+        check_numbers(2, top=top)
     asked = Sets.of(model, saes, pairs, position, combine, directions=directions, metric=metric, batch_rows=batch_rows)
     if features is None:
         single = asked.study.complete(progress=progress)

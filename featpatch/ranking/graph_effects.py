@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata
 
 from featpatch import sites
 from featpatch.effects.audit import Array
+from featpatch.effects.statistics import spearman
 from featpatch.engine.journal import beside
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, decimal
 from featpatch.frame import Frame
@@ -89,12 +90,12 @@ class GraphEffects:
     @property
     def spearman(self) -> float:
         """The rank correlation of influence with the size of the exact effects."""
-        return _spearman(self.influence, abs(self.exact))
+        return spearman(self.influence, abs(self.exact))
 
     @property
     def spearman_predicted(self) -> float:
         """The rank correlation of the predicted with the exact effects, with their signs."""
-        return _spearman(self.predicted, self.exact)
+        return spearman(self.predicted, self.exact)
 
     @property
     def overrated(self) -> Array:
@@ -143,10 +144,6 @@ class GraphEffects:
             f"exact effects of {counted(len(self.nodes), 'node')} of a graph: Spearman {decimal(self.spearman)} of influence "
             f"with their size, {decimal(self.spearman_predicted)} of the predicted with the exact effects\n{self.to_pandas(10)}"
         )
-
-
-def _spearman(one: Array, other: Array) -> float:
-    return float(spearmanr(one, other).statistic) if len(one) > 1 and np.ptp(one) and np.ptp(other) else float("nan")
 
 
 @torch.no_grad()

@@ -288,8 +288,8 @@ def _check(nodes: Any, similarity: Any, least: Any, size: Any, labels: Any, text
     check_choices(get_args(Similarity), similarity="effects" if similarity is None else similarity)
     if isinstance(nodes, Mapping):
         given = {"similarity": similarity, "least": least, "size": size, "labels": labels, "texts": texts}
-        if beside := [name for name, value in given.items() if value is not None]:
-            raise FeatpatchError(f"groups of your own with {', '.join(beside)}: expected only nodes; leave out the others")
+        if needless := [name for name, value in given.items() if value is not None]:
+            raise FeatpatchError(f"groups of your own with {', '.join(needless)}: expected only nodes; leave out the others")
         if not nodes or not all(isinstance(name, str) and name for name in nodes):
             raise FeatpatchError(
                 f"nodes={nodes!r:.80}: expected groups by name, each a list of nodes, such as {{'names': effects.top(3).nodes}}"

@@ -14,6 +14,7 @@ import torch
 from featpatch.attribution.calibration import Calibration, calibrate
 from featpatch.circuits.circuit import Circuit
 from featpatch.comparison.compare import compare
+from featpatch.comparison.tables import reads_stream
 from featpatch.descriptions import READ, check_texts, documents_of, read_features
 from featpatch.diagram.viewers import sections
 from featpatch.effects.collector import check_saes
@@ -240,10 +241,9 @@ def _with_prompts(
     if "of_pairs" in effects.metadata:
         pairs = Pairs(tuple(pairs[index] for index in effects.metadata["of_pairs"]))
     prompts, by_label = [PairText.of(pair, model.tokenizer) for pair in pairs], any(pair.by_label for pair in pairs)
-    features = (
-        {} if saes is None or not measurable(effects) else _cards(lens, dictionaries(lens, saes), pairs, effects, top, texts)
-    )
-    if features and components is not None and not by_label and _comparable(effects, components):
+    found = [] if saes is None or not measurable(effects) else dictionaries(lens, saes)
+    features = _cards(lens, found, pairs, effects, top, texts) if found else {}
+    if features and components is not None and not by_label and _comparable(effects, components, found):
         writers = compare(effects, components, model=model, saes=saes, pairs=pairs, top=top).writers
         features = {node: _written(card, node, writers) for node, card in features.items()}
     checkable = all(pair.correct for pair in pairs) and not by_label
@@ -311,12 +311,18 @@ def _facts(lens: Lens, dictionary: Dictionary, node: Node, row: Effects) -> dict
     return facts
 
 
-def _comparable(effects: Effects, components: Effects) -> bool:
+def _comparable(effects: Effects, components: Effects, found: Sequence[Dictionary]) -> bool:
     """Return whether writers of features can be shown, because all features and components were ranked at the same positions.
 
-    A screened table does not hold all features.
+    A screened table does not hold all features, one of some pairs not all pairs. Writers are known of features of the residual
+    stream, and of patches between the prompts of a pair.
     """
-    return "screening" not in effects.metadata and effects.metadata.get("positions") == components.metadata.get("positions")
+    about = effects.metadata
+    return (
+        not {"screening", "of_pairs", "noise", "ablation"} & set(about)
+        and about.get("positions") == components.metadata.get("positions")
+        and any(map(reads_stream, found))
+    )
 
 
 def _written(card: FeatureCard, node: Node, writers: "pd.DataFrame") -> FeatureCard:

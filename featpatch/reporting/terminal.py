@@ -17,7 +17,7 @@ from featpatch.effects.frames import number, sample
 from featpatch.effects.selection import WHERE_CHANGED, By, sorting
 from featpatch.effects.table import Effects
 from featpatch.errors import counted
-from featpatch.nodes import Effect, Node
+from featpatch.nodes import Effect, Node, numbered
 from featpatch.pairs.checklist import RULES, SEVERITY, Checklist
 from featpatch.patching.sets import Selection
 from featpatch.ranking.plan import Plan
@@ -160,7 +160,7 @@ def _names(effects: Effects) -> dict[str, Sequence[str]]:
 
 def _named(node: Node) -> str:
     """Return the name of a node for a table: the index of a feature, and the kind and index of other nodes."""
-    return node.kind if node.index is None else str(node.index) if node.kind == "feature" else f"{node.kind} {node.index}"
+    return str(node.index) if node.kind == "feature" else numbered(node.kind, node.index)
 
 
 def _value(row: Any, effect: str) -> str:

@@ -104,6 +104,11 @@ def adapt(
     """
     if isinstance(coder, type):
         raise FeatpatchError(f"{coder.__name__} is a class: expected an instance of it")
+    if isinstance(coder, SAE):
+        raise FeatpatchError(
+            f"{type(coder).__name__} is a sae-lens object: expected an object of another library; pass this one without "
+            "adapt, and set cfg.metadata.hook_name (and hook_name_out) to use it at another hook point"
+        )
     if (across := cross_formats.of_object(coder, (hook, hook_out), name)) is not None:
         return across
     weights = of_object(coder)
@@ -113,11 +118,6 @@ def adapt(
         raise FeatpatchError(
             f"hook={hook!r}, hook_out={hook_out!r}, d_in={d_in!r}: expected names of hook points and a width of 1 or more; "
             "d_in may be left out only for the classes of dictionary_learning, sparsify and circuit-tracer"
-        )
-    if isinstance(coder, SAE):
-        raise FeatpatchError(
-            f"{type(coder).__name__} is a sae-lens object: expected an object of another library; pass this one without "
-            "adapt, and set cfg.metadata.hook_name (and hook_name_out) to use it at another hook point"
         )
     if weights is not None:
         if d_in not in (None, own_width) or skip is not None:

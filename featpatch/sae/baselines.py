@@ -70,6 +70,7 @@ def neurons(model: Any, layer: int) -> Adapted:
         >>> len(ranked.where(kind="feature")) == model.cfg.d_mlp
         True
     """
+    check_numbers(0, layer=layer)
     reads, writes = sites.component(layer, "neurons"), sites.component(layer, "mlp_out")
     tokens = torch.zeros(1, 1, dtype=torch.long)
     x, y = _activations(model, reads, tokens), _activations(model, writes, tokens)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 
 import torch
 
@@ -67,6 +68,7 @@ class Crosscoder(Cross):
         model: str | None = None,
     ) -> None:
         check_kinds(torch.Tensor, W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, b_dec=b_dec)
+        check_kinds((torch.Tensor, NoneType), threshold=threshold, scale=scale)
         inputs, d_in, features = W_enc.shape if W_enc.ndim == 3 else (0, 0, 0)
         outputs, d_out = b_dec.shape if b_dec.ndim == 2 else (0, 0)
         if not inputs * d_in * features * outputs * d_out:
@@ -137,6 +139,5 @@ def _by_output(
     """Return values by feature as `[groups, features]`."""
     if value is None:
         return None
-    check_kinds(torch.Tensor, **{what: value})
     values: torch.Tensor = checked(what, value, (outputs, features) if value.ndim == 2 else (features,)).to(dtype)
     return values if values.ndim == 2 else values.expand(outputs if several else 1, features)

@@ -108,7 +108,12 @@ class Dictionary:
         return Training.of(self.source)
 
     def elsewhere(self, lens: Lens) -> "list[Dictionary]":
-        """Return the same codec at its hook points in other layers, and at other hook points of its layer."""
+        """Return the same codec at its hook points in other layers, and at other hook points of its layer.
+
+        There are none for a dictionary that reads or writes several hook points.
+        """
+        if len(self.inputs) > 1 or len(self.outputs) > 1:
+            return []
         hooks = [
             (re.sub(r"^blocks\.\d+\.", start, self.reads), re.sub(r"^blocks\.\d+\.", start, self.writes))
             for start in (f"blocks.{layer}." for layer in range(lens.n_layers))
@@ -158,7 +163,7 @@ class Dictionary:
 
     def differentiable_split(self, activations: Mapping[str, torch.Tensor]) -> Split:
         """Split an activation, see `split`, and keep the gradient, see `encode`."""
-        read, written = (self._flat(activations, hooks) for hooks in (self.inputs, self.outputs))
+        read, written = (self.flat(activations, hooks) for hooks in (self.inputs, self.outputs))
         code = self.encode(read)
         error = written.to(code.features.device) - self.codec.decode(code.features, code.state)
         if not torch.isfinite(code.features).all() or not torch.isfinite(error).all():
@@ -168,7 +173,8 @@ class Dictionary:
         return Split(code.features, code.state, error)
 
     @staticmethod
-    def _flat(activations: Mapping[str, torch.Tensor], hooks: Sequence[str]) -> torch.Tensor:
+    def flat(activations: Mapping[str, torch.Tensor], hooks: Sequence[str]) -> torch.Tensor:
+        """Return the activations at some hook points, flat and side by side."""
         parts = [activations[hook].flatten(2) for hook in hooks]
         return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
 
@@ -297,7 +303,7 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
         if lens.site(hook) not in (*reads, *writes):
             raise FeatpatchError(
                 f"saes gives {hook!r} for an SAE of {reads[0]!r}: expected the hook point that it was trained on; use that "
-                "name, or fp.dictionaries.adapt(sae, hook) to use it elsewhere"
+                "name, or set sae.cfg.metadata.hook_name (and hook_name_out) to use a sae-lens SAE elsewhere"
             )
     shapes = lens.shapes({hook for _, reads, writes in kinds for hook in (*reads, *writes)})
     like = lens.first_weight

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from featpatch import sites
 from featpatch.errors import FeatpatchError
 from featpatch.files import read_json, read_yaml
 from featpatch.sae.weights import Weights
@@ -357,12 +358,8 @@ def _gemma_scope_2(folder: Path) -> Weights:
     names = {name.lower(): ours for name, ours in PLAIN.items()}
     names |= {"threshold": "threshold", "affine_skip_connection": "W_skip.T"}
     tensors = _named(str(folder), tensors_of(folder / "params.safetensors"), names, skip="affine_skip_connection")
-    modules = {"output": "hook_resid_post", "pre_feedforward_layernorm.output": "mlp.hook_in",
-               "post_feedforward_layernorm.output": "hook_mlp_out", "self_attn.o_proj.input": "attn.hook_z"}  # fmt: skip
-    hooks = []
-    for key in ("hf_hook_point_in", "hf_hook_point_out"):
-        place = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", str(settings.get(key) or settings.get("hf_hook_point_in")))
-        hooks.append(f"blocks.{place[1]}.{modules[place[2]]}" if place and place[2] in modules else None)
+    read = settings.get("hf_hook_point_in")
+    hooks = [sites.of_module(str(path)) for path in (read, settings.get("hf_hook_point_out") or read)]
     weights = Weights(str(folder), tensors, "jumprelu", reads=hooks[0], writes=hooks[1])
     named = text_of(settings.get("model_name"))
     return replace(

@@ -21,7 +21,7 @@ from featpatch.sae import cross_formats
 from featpatch.sae.adapted import Adapted, placed
 from featpatch.sae.cross import Cross
 from featpatch.sae.formats import READERS, read
-from featpatch.sae.sae_lens import Training, check_sizes
+from featpatch.sae.sae_lens import SCALED, Training, check_sizes
 from featpatch.sae.weights import Weights, dtype_named
 from featpatch.untrusted import short
 
@@ -78,6 +78,7 @@ def load_sae(
         'blocks.1.hook_resid_pre'
     """
     check_device(device)
+    dtype_named(dtype)
     if not isinstance(source, (str, Path)):
         raise FeatpatchError(f"the SAE is named by a {type(source).__name__}: expected a folder or a name")
     for name, value in (("hook", hook), ("hook_out", hook_out)):
@@ -159,7 +160,9 @@ def _from_hub(
         if other is None:
             raise not_found("SAE", source, error) from error
         return other
-    if norm_scaling_factor is not None and sae.cfg.normalize_activations == "expected_average_only_in":
+    if norm_scaling_factor is not None:
+        if sae.cfg.normalize_activations != SCALED:
+            _check_unscaled(repr(source), norm_scaling_factor)
         _check_scale(norm_scaling_factor)
         sae.fold_activation_norm_scaling_factor(norm_scaling_factor)
     metadata = sae.cfg.metadata
@@ -318,11 +321,12 @@ def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_fact
         check_sizes(settings if isinstance(settings, dict) else {})
         sae: SAE[Any] = SAE.load_from_disk(folder, device=device, dtype=dtype)
         _check_types(sae.cfg)
+        scaled = sae.cfg.normalize_activations == SCALED  # no longer, once the scale is folded in
         said = sae.cfg.metadata.norm_scaling_factor if norm_scaling_factor is None else norm_scaling_factor
         scaler = ActivationScaler(scaling_factor=said)
         if (folder / ACTIVATION_SCALER_CFG_FILENAME).is_file() and norm_scaling_factor is None:
             scaler.load(folder / ACTIVATION_SCALER_CFG_FILENAME)
-        if sae.cfg.normalize_activations == "expected_average_only_in" and scaler.scaling_factor is not None:
+        if scaled and scaler.scaling_factor is not None:
             _check_scale(scaler.scaling_factor)
             sae.cfg.metadata.norm_scaling_factor = scaler.scaling_factor
             if not isinstance(sae, TemporalSAE):
@@ -335,6 +339,8 @@ def _from_folder(folder: Path, device: str, dtype: str | None, norm_scaling_fact
             f"the SAE in {str(folder)!r} can't be loaded ({type(error).__name__}: {short(error)}): expected a complete "
             "sae-lens folder; download or save it again"
         ) from error
+    if not scaled:
+        _check_unscaled(repr(str(folder)), norm_scaling_factor)
     return sae
 
 

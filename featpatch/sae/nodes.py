@@ -97,6 +97,15 @@ def _belonging(lens: Lens, node: Node, dictionary: Dictionary) -> Node:
     return replace(node, site=site if known else lens.site(site), sae=dictionary.name)
 
 
+def owner_of(node: Node, found: Iterable[Dictionary]) -> Dictionary | None:
+    """Return the dictionary that a node of the only hook point that it writes belongs to, or None.
+
+    Raises:
+        FeatpatchError: the dictionary reads or writes several hook points.
+    """
+    return next((dictionary for dictionary in found if dictionary.name == node.sae and dictionary.writes == node.site), None)
+
+
 def names_of(found: Iterable[Dictionary]) -> str:
     """Return the names of dictionaries for an error that expects a node of one of them, or what to pass if there are none."""
     return ", ".join(sorted(dictionary.name for dictionary in found)) or "an SAE (pass saes=...)"

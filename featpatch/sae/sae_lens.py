@@ -32,6 +32,8 @@ from featpatch.model.loading import PROCESSED, folded, trivial_norms
 from featpatch.sae.codec import Code, Codec, State
 from featpatch.sae.weights import LAYER_OF_CLT
 
+SCALED = "expected_average_only_in"
+"""The normalisation of activations by one factor, which is not always folded into the weights."""
 NORMS = ("x_norm_coeff", "ln_mu", "ln_std")
 """Attributes in which a normalising SAE keeps a token's statistics between `encode` and `decode`."""
 
@@ -232,12 +234,12 @@ def _scale(sae: Any) -> float:
             "weights: expected folded weights; call sae.fold_activation_whitening with the statistics of its training, or "
             "load its folder with fp.load_sae"
         )
-    if normalisation != "expected_average_only_in":
+    if normalisation != SCALED:
         return 1.0
     scale = sae.cfg.metadata.norm_scaling_factor
     if scale is None:
         raise FeatpatchError(
-            f"{type(sae).__name__} has normalize_activations='expected_average_only_in' and its scale is not folded into its "
+            f"{type(sae).__name__} has normalize_activations={SCALED!r} and its scale is not folded into its "
             "weights, so its features are wrong on raw activations: expected folded weights; load it with fp.load_sae(path, "
             "norm_scaling_factor=...), or call sae.fold_activation_norm_scaling_factor(scale) with the scale from its "
             "training"

@@ -5,7 +5,7 @@ from random import Random
 
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import Tokenizer
-from featpatch.tasks.template import Draft, chosen, draft, draw
+from featpatch.tasks.template import Draft, check_templates, chosen, draft, draw
 
 COUNTRIES = tuple(
     tuple(row.split())
@@ -73,6 +73,7 @@ def capitals(
         (4, ['end', 'relation', 'subject'])
     """
     kinds = chosen(corruptions, CORRUPTIONS)
+    check_templates(templates, ("subject", "relation"), ("subject", "relation"))
 
     def make(random: Random) -> Draft:
         template, kind = random.randrange(len(templates)), random.choice(kinds)

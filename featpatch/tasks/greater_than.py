@@ -7,7 +7,7 @@ from random import Random
 from featpatch.errors import FeatpatchError
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import AnswerTokens, Tokenizer, bare_ids
-from featpatch.tasks.template import Draft, chosen, draft, draw
+from featpatch.tasks.template import Draft, check_templates, chosen, draft, draw
 
 EVENTS = ("war", "trial", "reign", "voyage", "project", "strike", "festival", "siege", "rebellion", "journey")
 TEMPLATES = (
@@ -57,6 +57,7 @@ def greater_than(
         (['end', 'start_year'], ['prob_diff'])
     """
     kinds = chosen(corruptions, CORRUPTIONS)
+    check_templates(templates, ("event", "century", "start_year", "again"), ("start_year",))
     if _digits(tokenizer) == 1:
         return draw(tokenizer, partial(_by_digit, kinds=kinds, templates=templates), n=n, seed=seed)
 

@@ -5,7 +5,7 @@ from random import Random
 
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import Tokenizer
-from featpatch.tasks.template import Draft, chosen, draft, draw, usable
+from featpatch.tasks.template import Draft, check_templates, chosen, draft, draw, usable
 
 NAMES = (
     "John", "James", "Tom", "Mark", "Paul", "Jack", "Adam", "Peter", "David", "Simon", "Henry", "Luke", "Mary", "Anna", "Lucy",
@@ -63,6 +63,7 @@ def ioi(
         (4, ['IO', 'S1', 'S2', 'end'])
     """
     kinds = chosen(corruptions, CORRUPTIONS)
+    check_templates(templates, ("IO", "S1", "S2", "place", "object"), ("IO", "S1", "S2"))
     people, places, objects = (usable(tokenizer, words, least) for words, least in ((names, 5), (PLACES, 1), (OBJECTS, 1)))
 
     def make(random: Random) -> Draft:

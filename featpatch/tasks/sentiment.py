@@ -5,7 +5,7 @@ from random import Random
 
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import Tokenizer
-from featpatch.tasks.template import Draft, chosen, draft, draw
+from featpatch.tasks.template import Draft, check_templates, chosen, draft, draw
 
 GOOD = ("great", "amazing", "wonderful", "excellent", "brilliant", "beautiful", "fantastic", "perfect")
 BAD = ("terrible", "awful", "horrible", "dreadful", "boring", "stupid", "ugly", "poor")
@@ -52,6 +52,7 @@ def sentiment(
         (4, ['end', 'word1', 'word2'])
     """
     kinds = chosen(corruptions, CORRUPTIONS)
+    check_templates(templates, ("word1", "word2", "work", "part"), ("word1", "word2"))
 
     def make(random: Random) -> Draft:
         template, kind, praise = random.randrange(len(templates)), random.choice(kinds), random.choice((True, False))

@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
-from featpatch.errors import FeatpatchError, check_numbers
+from featpatch.errors import FeatpatchError, check_kinds, check_numbers
 from featpatch.pairs.labels import token_at
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs
@@ -75,6 +76,24 @@ REPEATS = 20
 """The number of repeated drafts in a row, per different draft, after which all drafts have been seen (but for 1 in 10^8)."""
 
 
+def check_templates(templates: Any, slots: Sequence[str], labels: Sequence[str]) -> None:
+    """Raise a FeatpatchError unless templates are texts that hold each of the labels as a slot, and no slot that is unknown.
+
+    Args:
+        slots: the slots of the task.
+        labels: those of them that become labels of the pair.
+    """
+    if isinstance(templates, str) or not isinstance(templates, Sequence) or not templates:
+        raise FeatpatchError(f"templates={templates!r:.60}: expected a list of at least one text")
+    for template in templates:
+        found = SLOT.findall(template) if isinstance(template, str) else []
+        missing, unknown = [name for name in labels if name not in found], [name for name in found if name not in slots]
+        if missing or unknown:
+            wrong = f"has no {{{missing[0]}}}" if missing else f"has {{{unknown[0]}}}"
+            needed, known = (", ".join(f"{{{name}}}" for name in names) for names in (labels, slots))
+            raise FeatpatchError(f"template {template!r:.80} {wrong}: expected a text with {needed}, and no slots but {known}")
+
+
 def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed: int) -> Pairs:
     """Draw `n` different pairs, the same for the same seed and tokenizer.
 
@@ -107,6 +126,11 @@ def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed:
             found.setdefault((pair.clean, pair.corrupted), pair)
         if len(found) == n:
             return Pairs(tuple(found.values()), plain_tokenizer(tokenizer))
+    if not found:
+        raise FeatpatchError(
+            f"none of the {len(seen)} pairs that were tried fits this tokenizer: expected words that are one known token each, "
+            "in prompts of equal length; give templates and words of your own"
+        )
     tried = f"of the {len(seen)} different ones there are" if repeated else f"after {TRIES * n} attempts"
     raise FeatpatchError(
         f"only {len(found)} of {n} pairs fit this tokenizer, {tried}: expected n={len(found)} at most with these templates and "
@@ -165,8 +189,9 @@ def chosen(wanted: str | Sequence[str], known: Sequence[str]) -> list[str]:
     """Return the requested corruptions, one or several, as a list after checking that they are known.
 
     Raises:
-        FeatpatchError: a corruption is unknown, or none is given.
+        FeatpatchError: a corruption is unknown or of the wrong type, or none is given.
     """
+    check_kinds((str, Sequence), corruptions=wanted)
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     unknown = [name for name in names if name not in known]
     if unknown or not names:

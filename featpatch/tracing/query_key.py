@@ -23,7 +23,7 @@ from featpatch.model.layer import Layer, Linear, Norm, UnsupportedError, soft_ca
 from featpatch.model.lens import Lens
 from featpatch.model.projections import rounding, wide
 from featpatch.model.transformer_lens import wrap
-from featpatch.nodes import Node, Position
+from featpatch.nodes import Node, Position, numbered
 from featpatch.pairs.pair import Pair, token_index
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary, dictionaries
@@ -106,7 +106,7 @@ class QueryKeyAttribution:
 
 
 def _said(part: Part) -> str:
-    return "bias" if part is None else part.kind if part.index is None else f"{part.kind} {part.index}"
+    return "bias" if part is None else numbered(part.kind, part.index)
 
 
 @torch.no_grad()

@@ -108,6 +108,9 @@ def test_calibration_by_hand(small: Small) -> None:
     assert row["signs"] == (np.sign(x) == np.sign(y)).mean()
     worst = found.misses(1).iloc[0]
     assert abs(worst["estimate"] - worst["exact"]) == pytest.approx(abs(x - y).max())
+    for call, message in ((lambda: found.table(0), "k=0: expected an integer, 1"), (lambda: found.misses(-1), "n=-1")):
+        with pytest.raises(fp.FeatpatchError, match=message):
+            call()
     assert "estimate against exact" in repr(found)
     assert len(found.plot().data) == 2
     itself = fp.calibrate(estimate, exact, effect="degradation").table(1000)

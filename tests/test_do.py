@@ -3,9 +3,11 @@
 import oracle
 import pytest
 import torch
-from small import Small
+from small import Small, small_bridge
 
 import featpatch as fp
+from featpatch.model.transformer_lens import wrap
+from featpatch.sae.dictionary import dictionaries
 
 SITE = "blocks.1.hook_resid_pre"
 
@@ -131,3 +133,22 @@ def test_two_heads_are_swapped_together(small: Small) -> None:
         with fp.do(small.model, fp.Patch((fp.Node(Z, "activation"),)), **runs):
             whole = small.model(small.corrupted[:1])
     torch.testing.assert_close(apart, whole, rtol=0, atol=1e-10)
+
+
+def test_the_sum_is_computed_in_the_wider_dtype() -> None:
+    """A float32 SAE on a bfloat16 model: the change is not rounded before it is added, as in a sweep."""
+    small = small_bridge()
+    model, sae = torch.nn.Module.to(small.model, torch.bfloat16), small.at(SITE).to(torch.float32)
+    with torch.no_grad():
+        base, source = (model.run_with_cache(tokens)[1][SITE] for tokens in (small.corrupted, small.clean))
+    (dictionary,) = dictionaries(wrap(model), sae)
+    change = dictionary.change(dictionary.split({SITE: base}), dictionary.split({SITE: source}), features=True)
+    assert change.dtype == torch.float32
+    expected = (base.float() + change).bfloat16()
+    assert not torch.equal(expected, base + change.bfloat16())
+    with (
+        torch.no_grad(),
+        fp.do(model, fp.Patch((fp.Node(SITE, "all_features"),)), source=small.clean, base=small.corrupted, saes=sae),
+    ):
+        _, cache = model.run_with_cache(small.corrupted)
+    assert torch.equal(cache[SITE], expected)

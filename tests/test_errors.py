@@ -87,6 +87,18 @@ def test_tokens_of_unequal_length(bridge: Small) -> None:
             '{"clean": "a", "corrupted": "a", "correct": 3, "wrong": "c"}',
             "correct is 3 in .*: expected a string; for answers, a string or a list",
         ),
+        (
+            '{"clean": "a", "corrupted": "b", "correct": "b", "wrong": "c", "lables": {}}',
+            "'lables' in .*: expected only clean, .*, tags; put other information into tags; did you mean 'labels'?",
+        ),
+        (
+            '{"clean": "a", "corrupted": "b", "correct": "b", "wrong": "c", "answer_position": 0}',
+            "'answer_position' in .*: expected only clean, .*, tags; put",
+        ),
+        (
+            '{"clean": [1], "corrupted": [2], "correct": [3], "wrong": [4], "answer_positoin": 0}',
+            "'answer_positoin' in .*: expected only clean, .*, special, answer_position; put .* did you mean 'answer_position'?",
+        ),
     ],
 )
 def test_pairs_files(tmp_path: Any, content: str, message: str) -> None:

@@ -417,7 +417,7 @@ def test_what_is_no_dictionary(bridge: Small) -> None:
     with pytest.raises(fp.FeatpatchError, match="Squared is a class: expected an instance of it"):
         fp.dictionaries.adapt(Squared, "blocks.1.hook_resid_pre", d_in=16)
     with pytest.raises(fp.FeatpatchError, match="StandardSAE is a sae-lens object: expected an object of another library"):
-        fp.dictionaries.adapt(bridge.saes[0], "blocks.1.hook_resid_pre", d_in=16)
+        fp.dictionaries.adapt(bridge.saes[0], "blocks.1.hook_resid_pre")
     with pytest.raises(fp.FeatpatchError, match="d_in=0: expected names of hook points and a width"):
         fp.dictionaries.adapt(Squared(16), "blocks.1.hook_resid_pre", d_in=0)
     with pytest.raises(

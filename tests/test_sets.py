@@ -254,6 +254,8 @@ def test_controls_of_one_direction(small: Small) -> None:
         small.model, small.at(SITE), pairs_of(small), n=3, position="all", directions=["noising"], progress=False
     )
     assert found.share() == found.share("degradation")
+    with pytest.raises(fp.FeatpatchError, match="top=1: expected an integer, 2 or more"):
+        fp.interactions(small.model, small.at(SITE), pairs_of(small), top=1, progress=False)
     with pytest.raises(fp.FeatpatchError, match="effect='recovery': expected one of the measured effects, degradation"):
         found.share("recovery")
 

@@ -137,6 +137,14 @@ def test_errors_of_attention_patterns(demo: Any, options: dict[str, Any], messag
     assert message in str(error.value)
 
 
+def test_a_prompt_without_active_features(demo: Any, sae: Any, pairs: fp.Pairs, effects: fp.Effects) -> None:
+    known = fp.active_features(demo.model, sae, pairs[0], effects=effects)
+    hidden = replace(pairs[0], special=frozenset(range(len(pairs[0]))))
+    empty = fp.active_features(demo.model, sae, hidden, effects=effects)
+    assert len(empty) == 0
+    assert empty.columns.tolist() == known.columns.tolist()
+
+
 def test_errors_of_active_features(demo: Any, sae: Any, effects: fp.Effects) -> None:
     with pytest.raises(
         fp.FeatpatchError, match="the effects are at the label '(S2|end)', and the prompt is a text: expected a pair"

@@ -64,7 +64,7 @@ def load(
     saes: Any = None,
     *,
     tokenizer: Any = None,
-    device: str | None = None,
+    device: str = "cpu",
     dtype: str | None = None,
     processing: Collection[str] | None = None,
     pairs: Pairs | None = None,
@@ -85,8 +85,8 @@ def load(
         tokenizer: a tokenizer for a Hugging Face model in memory, or for a name or folder without one; it is used as it is.
             Texts that the model tokenizes (`model.to_tokens`, `Pairs.from_prompts(model, ...)`) begin with BOS, whether or not
             the tokenizer adds it, unless `model.cfg.default_prepend_bos` is False.
-        device, dtype: the device and dtype of a model that is loaded by name or from a folder, cpu and float32 by default; SAEs
-            are loaded on the device and keep their own dtype. A model in memory stays as it is.
+        device: the device of a model and of SAEs that are loaded by name or from a folder; a model in memory stays on its own.
+        dtype: the dtype of a model that is loaded by name or from a folder, float32 by default; SAEs keep their own.
         processing: the weight processing of a model that is loaded here (`"fold_ln"`, `"center_writing_weights"`,
             `"center_unembed"`, `"fold_value_biases"`); by default the processing with which the SAEs were trained according to
             their configurations, which for most is none.
@@ -115,7 +115,7 @@ def load(
             f"pairs with {f'check={check}' if given else 'no saes'}: expected pairs only for the check of SAEs; leave pairs out"
         )
     with nullcontext() if progress else loading_quietly():
-        found = [load_sae(sae, device=device or "cpu") if isinstance(sae, (str, Path)) else sae for sae in given]
+        found = [load_sae(sae, device=device) if isinstance(sae, (str, Path)) else sae for sae in given]
         trained = wanted_processing(found) if processing is None else ()
         made = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype, processing=processing, trained=trained)
     if not check or not found:

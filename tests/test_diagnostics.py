@@ -162,7 +162,7 @@ def test_changed_pairs_are_those_of_the_table(small: Small) -> None:
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [
-        ([], r"nodes=\[\]: expected a sequence of at least one fp.Node"),
+        ([], r"nodes=\[\]: expected a list of at least one fp.Node"),
         (
             [fp.Node(HEADS, "head", 0), fp.Node(STANDARD, "error")],
             "nodes are of kind head: expected only nodes of kind feature, error",

@@ -12,7 +12,6 @@ ORDER = ("effects", "model", "saes", "sae", "pairs")
 """What comes first, in this order: a table, the model, SAEs without which there is nothing to do, pairs."""
 
 DIFFERENT = {
-    "dtype": "of an SAE that of its folder",
     "effect": "which to compare, or to reach",
     "screen": "`rank_paths` screens where there are many",
     "method": "of estimating, of searching",

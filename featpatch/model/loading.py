@@ -211,7 +211,7 @@ def load_model(
     source: Any,
     *,
     tokenizer: Any = None,
-    device: str | None = None,
+    device: str = "cpu",
     dtype: str | None = None,
     processing: Collection[str] | None = None,
     trained: Collection[str] = (),
@@ -222,7 +222,7 @@ def load_model(
         source: a hub name, a Hugging Face folder, a Hugging Face model in memory, or a TransformerLens model. A compiled model
             is replaced by the module that was passed to torch.compile.
         tokenizer: the tokenizer of a Hugging Face model in memory, or of a model that comes without one.
-        device, dtype: the device and the dtype of a model that is loaded by name or from a folder; cpu and float32 by default.
+        device, dtype: the device and the dtype (float32 by default) of a model that is loaded by name or from a folder.
         processing: the weight processing of a TransformerBridge that is made here, from `PROCESSED`; `trained` by default.
             A model in memory is copied first.
         trained: the weight processing with which the SAEs of the model were trained.
@@ -232,8 +232,7 @@ def load_model(
     """
     if set(processing or ()) - set(PROCESSED):
         raise FeatpatchError(f"processing={list(processing or ())}: expected some of {', '.join(PROCESSED)}")
-    if device is not None:
-        check_device(device)
+    check_device(device)
     if isinstance(tokenizer, (str, Path)):
         raise FeatpatchError(
             f"tokenizer={str(tokenizer)!r} is a {type(tokenizer).__name__}: expected the tokenizer itself; pass "
@@ -251,7 +250,7 @@ def load_model(
     if isinstance(source, PreTrainedModel):
         bridge = _around(deepcopy(source) if processing else source, tokenizer)
     elif isinstance(source, str | Path):
-        bridge = _booted(str(source), tokenizer, device or "cpu", dtype or "float32")
+        bridge = _booted(str(source), tokenizer, device, dtype or "float32")
     else:
         raise FeatpatchError(
             f"the model is a {type(source).__name__}: expected a name, a folder, a Hugging Face model with its tokenizer, or a "
@@ -273,8 +272,8 @@ def load_model(
     return bridge
 
 
-def _check_unused(model: torch.nn.Module, device: str | None, **given: Any) -> None:
-    """Raise a FeatpatchError if an argument is given that a model in memory has no use for, or another device than its own."""
+def _check_unused(model: torch.nn.Module, device: str, **given: Any) -> None:
+    """Raise a FeatpatchError if an argument is given that a model in memory has no use for, or a GPU that it is not on."""
     kind, here = type(model).__name__, next(model.parameters()).device
     for name, value in given.items():
         if value is not None:
@@ -282,7 +281,7 @@ def _check_unused(model: torch.nn.Module, device: str | None, **given: Any) -> N
                 f"{name}={value!r:.60} with a {kind}: expected None, because the model is used as it is; leave {name} out, or "
                 "change the model before you pass it"
             )
-    if device is not None and torch.device(device).type != here.type:
+    if torch.device(device).type not in ("cpu", here.type):
         raise FeatpatchError(
             f"device={device!r} with a {kind} on {here}: expected the device of the model; leave device out, or move the model "
             "before you pass it"

@@ -275,15 +275,15 @@ def feature_patches(difference: Difference, wanted: Wanted, naming: Naming, comb
 
 
 def whole_patches(
-    site: str, kind: Kind, changes: Mapping[str, Change], wanted: Wanted, sae: str = "", combine: Combine = "add"
+    wanted: Wanted, site: str, kind: Kind, changes: Mapping[str, Change], sae: str = "", combine: Combine = "add"
 ) -> Patches:
     """Return one patch per requested position, which makes the whole change there.
 
     Args:
+        wanted: the requested positions.
         site: the hook point of the nodes.
         kind: the kind of the nodes.
         changes: the change of the activation at each hook point that is patched, by direction.
-        wanted: the requested positions.
         sae: the name of the dictionary, if the nodes belong to one.
         combine: what a patch at several hook points means.
     """

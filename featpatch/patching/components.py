@@ -65,7 +65,7 @@ class WholePart(Part):
 
     @staticmethod
     def _patches(run: PairRuns, site: str) -> Patches:
-        return whole_patches(site, "activation", {site: whole_change(site, run.ways, run.first)}, run.wanted)
+        return whole_patches(run.wanted, site, "activation", {site: whole_change(site, run.ways, run.first)})
 
     def count(self, run: PairRuns) -> int:
         """Return the number of hook points and positions at which the runs differ."""

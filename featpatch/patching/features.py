@@ -95,9 +95,7 @@ class FeaturePart(Part):
         for dictionary in self.dictionaries:
             meant = self._meaning(dictionary)
             several += joined(feature_patches(found[dictionary.name], run.wanted, dictionary.node, meant))
-        several += joined(
-            whole_patches(site, kind, changes, run.wanted, sae, how) for site, kind, changes, sae, how in self._whole(run)
-        )
+        several += joined(whole_patches(run.wanted, *arguments) for arguments in self._whole(run))
         return [block for patches in several for block in as_blocks(run, *patches)]
 
     def _meaning(self, dictionary: Dictionary) -> Combine:

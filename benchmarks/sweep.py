@@ -94,7 +94,7 @@ def table() -> None:
     print(f"A patch at three hook points takes {ratios} times as long as one at the lowest of them.")
     ms = found[0]["ms"]["TransformerBridge"]
     a, b, c = (f"{found[0]['loops'][loop] / ms:.0f} x" for loop in "abc")
-    print(f"{a} slower\n{b} slower one by one, {c} slower in batches of 32\n{ms:.1f} ms on one CPU thread")
+    print(f"{a} slower, one by one\n{b} slower one by one, {c} slower in batches of 32\n{ms:.1f} ms on one CPU thread")
 
 
 def main() -> None:

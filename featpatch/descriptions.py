@@ -6,7 +6,7 @@ that no single word describes it.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,8 +256,9 @@ class Document:
 
 
 def check_texts(texts: Any) -> None:
-    """Raise a FeatpatchError unless texts are a list of documents."""
-    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+    """Raise a FeatpatchError unless texts are a list of documents, or a column of a table of them."""
+    several = isinstance(texts, Iterable) and isinstance(texts, Sized) and not isinstance(texts, str)
+    if not several or not len(texts) or not all(isinstance(text, str) for text in texts):
         raise FeatpatchError(
             f"texts={texts!r:.60}: expected a list of at least one document, to find what activates the features"
         )

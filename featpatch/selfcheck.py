@@ -1,8 +1,8 @@
 """A check, on the user's prompts, whether a dictionary belongs to its hook point of this model.
 
 A dictionary that does not belong there explains too little of the variance. To find the reason, it is then tried on centred
-activations and at the other hook points of its own layer and the two adjacent ones. All other layers are tried too if its
-configuration claims an explained variance, if it explains little, or if it explains more at one of those hook points.
+activations and, unless it has several hook points, at others of its own layer and the two adjacent ones. All other layers are
+tried too if its configuration claims an explained variance, if it explains little, or if it explains more at one of those.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,8 +40,8 @@ class Fit:
             value.
         whole_site: the largest deviation of the change by patching all features and the error from the change by patching the
             whole activation, between clean and corrupted prompts, as a share of the activation's largest value.
-        explained_variance: 1 - sum of squared errors / sum of squared deviations from the mean, without special tokens; of a
-            dictionary that writes several hook points, over all of them together.
+        explained_variance: 1 - sum of squared errors / sum of squared deviations from the mean, of all outputs, without special
+            tokens.
         expected: the explained variance that the dictionary's configuration or the registry claims, if any.
         l0: the mean number of nonzero features per position.
         misfit: the reason why the dictionary does not fit; empty if it does.
@@ -223,9 +223,9 @@ class Runs:
 
     def fit(self, dictionary: Dictionary) -> bool:
         """Return whether the dictionary's hook points could be read and have the dictionary's width."""
-        hooks = dictionary.inputs, dictionary.outputs
-        widths = [sum(self.activations[hook][0].shape[2] for hook in some if hook in self.activations) for some in hooks]
-        return widths == [dictionary.codec.d_in, dictionary.codec.d_out]
+        width = {hook: values[0].shape[2] for hook, values in self.activations.items()}
+        hooks, expected = (dictionary.inputs, dictionary.outputs), [dictionary.codec.d_in, dictionary.codec.d_out]
+        return set(dictionary.hooks) <= set(width) and [sum(width[hook] for hook in some) for some in hooks] == expected
 
     @property
     def positions(self) -> int:
@@ -356,9 +356,9 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, near: Runs, pairs: P
             f"{best:.2f} of the variance is explained {where}: load the SAE of this hook point and this "
             "model, or use this SAE where it fits"
         )
-    if (said.known and here < MISFIT) or (expected is not None and here < expected - MISFIT):
+    if here < (MISFIT if said.known or not dictionary.single else 0) or (expected is not None and here < expected - MISFIT):
         other = _other_weights(dictionary, done)
-        return "no other hook point fits: " + (
+        return ("no other hook point fits: " if dictionary.single else "") + (
             f"{other}; load the model with processing={sorted(said.processing)}"
             if other
             else "it was probably undertrained, or trained on another model of this width or on activations of another scale; "

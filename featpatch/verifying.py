@@ -18,7 +18,7 @@ from featpatch.nodes import Edge, Node, joint
 from featpatch.pairs.pairs import Pairs, check_pairs
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
-from featpatch.patching.joint import node_study
+from featpatch.patching.joint import node_study, set_once
 from featpatch.patching.paths import path_study
 from featpatch.patching.study import Options, Study
 from featpatch.sae.dictionary import dictionaries_if_any, digests
@@ -132,10 +132,12 @@ def _check_repeatable(effects: Effects) -> None:
     if not len(effects):
         raise FeatpatchError("the table has no rows: expected at least one, to measure it again")
     together = [node for node in effects.nodes if node.kind in ("set", "random")]
-    if together and ("nodes" not in about or together != [joint(_alone(effects.whole.nodes))]):
+    alone = _alone(effects.whole.nodes)
+    of_all = about.get("patches") == {"0": list(map(str, set_once(alone)))} and together == [joint(alone)]
+    if together and not of_all:
         raise FeatpatchError(
-            f"the row {str(together[0])!r} is of several nodes or of a random direction, which a table does not store: "
-            "expected rows of single nodes; pass effects.where(kind=...) with one of the other kinds"
+            f"the row {str(together[0])!r} is of several nodes or of a random direction: expected rows of single nodes and of "
+            "all of them; pass effects.where(kind=...) with another kind, or measure the patch again with fp.rank_nodes"
         )
     unknown = [name for name in effects.metrics if name not in MEASURES and name not in SEQUENCES]
     if unknown:

@@ -244,7 +244,7 @@ def _effects(
         return [token_index(position, length)] if inside else ()
 
     by_effect: dict[Effect, dict[tuple[str, int | None, int], float]] = {}
-    rows = effects.where(kind="feature")
+    rows = effects.whole.where(kind="feature")
     for effect in effects.directions_run():
         of = by_effect.setdefault(effect, {})
         for dictionary in (each for each in found if each.name in known):

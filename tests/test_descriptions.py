@@ -3,6 +3,8 @@
 from collections import Counter
 from typing import Any
 
+import jaxtyping
+import pandas as pd
 import pytest
 import torch
 
@@ -146,3 +148,12 @@ def test_what_is_refused(demo: Demo) -> None:
         fp.max_activating(demo.model, demo.saes, [fp.Node(SITE, "feature", 10**6, "all", SITE)], ["Tom"])
     with pytest.raises(fp.FeatpatchError, match="texts='Tom': expected a list"):
         fp.max_activating(demo.model, demo.saes, [node], "Tom")
+
+
+def test_texts_may_be_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    demo = fp.load_demo()
+    texts, sae = demo.text()[:60], demo.saes[4]
+    nodes = [fp.feature(sae, 433)]
+    column = fp.max_activating(demo.model, sae, nodes, pd.Series(texts))
+    assert repr(column) == repr(fp.max_activating(demo.model, sae, nodes, texts))

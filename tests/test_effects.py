@@ -8,6 +8,7 @@ from typing import Any
 
 import jaxtyping
 import numpy as np
+import pandas as pd
 import pytest
 from small import Small
 from test_statistics import made
@@ -236,3 +237,25 @@ def test_no_minus_zero() -> None:
 )
 def test_names_in_files_have_no_folder_of_this_machine(name: str, kept: str) -> None:
     assert without_folder(name) == kept
+
+
+def test_the_summary_of_rows_is_that_of_the_whole_table(small: Small) -> None:
+    """Rows that were taken have the whole's numbers; what was not measured is unknown, and what is unchanged has no effect."""
+    saes, options = [small.at(SITE), small.at("blocks.2.hook_resid_pre")], {"progress": False}
+    pairs = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
+    whole = fp.rank_features(small.model, saes, pairs, **options)
+    summary = whole.sites().set_index("sae")
+    part = whole.where(sae=SITE).top(2, kind="feature").sites().set_index("sae")
+    pd.testing.assert_frame_equal(part, summary.loc[[SITE]])
+    assert summary.notna().to_numpy().all()
+    nodes = list(whole.top(3, kind="feature").nodes)
+    for table in (
+        fp.rank_nodes(small.model, pairs, nodes, saes=saes, **options),
+        fp.group_features(small.model, saes, pairs, {"a": nodes}, **options).effects,
+    ):
+        numbers = table.sites().filter(like="recovery")
+        assert numbers.isna().to_numpy().all()
+        with pytest.raises(fp.FeatpatchError, match="nodes that were named, or sets of nodes: expected all features"):
+            fp.compare(table, fp.rank_components(small.model, pairs, sites="resid_pre", **options))
+    kept = [node for node in whole.nodes if node.kind == "feature"]
+    assert fp.rank_nodes(small.model, pairs, kept, saes=saes, **options).sites().filter(like="recovery").isna().to_numpy().all()

@@ -284,11 +284,15 @@ def test_whitening_from_disk_is_folded_in(tmp_path: Path, bridge: Small) -> None
     [
         ({"model": 3}, "the model is a int: expected a name, a folder"),
         ({"model": "missing/folder/of/model"}, "the model 'missing/folder/of/model' can't be loaded"),
-        ({"dtype": "float31"}, "dtype 'float31' is unknown: expected float32, bfloat16"),
+        ({"dtype": "float31"}, "dtype='float31': expected one of float64, float32, bfloat16"),
         ({"device": "cuda:77"}, "device 'cuda:77' can't be used .* that torch finds on this machine: cpu.*; pass one"),
         ({"tokenizer": "folder"}, r"tokenizer='folder' is a str: .* pass tokenizer=AutoTokenizer.from_pretrained\('folder'\)"),
-        ({"processing": ["fold"]}, r"processing=\['fold'\]: expected some of fold_ln"),
-        ({"processing": ["fold"], "model": 3}, r"processing=\['fold'\]: expected some of fold_ln"),
+        ({"processing": ["fold"]}, r"processing=\['fold'\]: expected a list of some of fold_ln"),
+        ({"processing": ["fold"], "model": 3}, r"processing=\['fold'\]: expected a list of some of fold_ln"),
+        ({"processing": "fold_ln"}, "processing='fold_ln': expected a list of some of fold_ln"),
+        ({"dtype": ""}, "dtype='': expected one of float64"),
+        ({"model": torch.nn.ReLU()}, "the model is a ReLU: expected a name, a folder"),
+        ({"model": GPT2LMHeadModel}, "GPT2LMHeadModel is a class: expected an instance of it"),
     ],
 )
 def test_unusable_requests(root: Path, options: dict[str, Any], message: str) -> None:
@@ -365,7 +369,7 @@ def test_what_a_model_in_memory_has_no_use_for(root: Path, bridge: Small) -> Non
     given: tuple[tuple[Any, dict[str, Any], str], ...] = (
         (bridge.model, {"tokenizer": tokenizer}, "tokenizer=.* with a TransformerBridge: expected None, because the model is"),
         (bridge.model, {"processing": ["fold_ln"]}, "processing=.* with a TransformerBridge: expected None"),
-        (bridge.model, {"processing": ["nonsense"]}, "processing=.*: expected some of fold_ln"),
+        (bridge.model, {"processing": ["nonsense"]}, "processing=.*: expected a list of some of fold_ln"),
         (bridge.model, {"dtype": "float32"}, "dtype='float32' with a TransformerBridge: expected None"),
         (bridge.model, {"device": "meta"}, "device='meta' with a TransformerBridge on cpu: expected the device of the model"),
         (model, {"dtype": "bfloat16", "tokenizer": tokenizer}, "dtype='bfloat16' with a GPT2LMHeadModel: expected None"),
@@ -376,6 +380,11 @@ def test_what_a_model_in_memory_has_no_use_for(root: Path, bridge: Small) -> Non
     assert fp.load(bridge.model, device="cpu", processing=[]).model is bridge.model
 
 
+def test_dtypes_have_two_spellings(root: Path) -> None:
+    model = fp.load(root / "model", dtype="torch.float64").model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
 def test_arguments_of_load_sae_that_do_not_fit(root: Path) -> None:
     folder = root / "saes" / HOOK
     for options, message in (
@@ -384,6 +393,10 @@ def test_arguments_of_load_sae_that_do_not_fit(root: Path) -> None:
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             fp.load_sae(folder, **options)
+    for scale in (0.0, -1.0, float("inf")):
+        with pytest.raises(fp.FeatpatchError, match=f"^norm_scaling_factor is {scale}: expected a positive number"):
+            fp.load_sae(folder, norm_scaling_factor=scale)
+    assert fp.load_sae(folder, dtype="torch.float32").W_dec.dtype == torch.float32
     with pytest.raises(fp.FeatpatchError, match="^dtype"):
         fp.load_sae("gpt2-small-res-jb/blocks.8.hook_resid_pre", dtype="flot32")
 

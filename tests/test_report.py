@@ -472,3 +472,10 @@ def test_cards_without_writers(study: dict[str, Any], tmp_path: Path) -> None:
             effects, tmp_path / "r.html", model=study["model"], pairs=pairs, saes=saes, components=components
         ).read_text()
         assert "change written by" not in page
+
+
+def test_named_nodes_have_no_section_of_whole_activations(study: dict[str, Any], tmp_path: Path) -> None:
+    nodes = study["effects"].top(3, kind="feature").nodes
+    table = fp.rank_nodes(study["model"], study["pairs"], list(nodes), saes=study["saes"], progress=False)
+    assert "Whole activation, features, error" in fp.report(study["effects"].top(5), tmp_path / "part.html").read_text()
+    assert "Whole activation, features, error" not in fp.report(table, tmp_path / "nodes.html").read_text()

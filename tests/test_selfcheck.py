@@ -220,12 +220,34 @@ def test_special_tokens_are_left_out(bridge: Small) -> None:
 
 
 @torch.no_grad()
+def test_dictionaries_that_explain_nothing_do_not_fit(bridge: Small) -> None:
+    """Below 0 none fits, also if its configuration says nothing; over several hook points none below one half."""
+    hooks = [f"blocks.{layer}.hook_resid_post" for layer in (0, 1)]
+    weights = torch.randn(2, WIDTH, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    crosscoder = fp.dictionaries.Crosscoder(weights, weights.transpose(1, 2), weights[0, 0], weights[:, :, 0], hook=hooks)
+    single = fp.dictionaries.adapt(Doubled(), hooks[0], d_in=WIDTH)
+    for bad in (crosscoder, single):
+        check = fp.check(bridge.model, bad, prompts())
+        assert check.fits[0].explained_variance < 0
+        assert not check.ok
+        assert check.fits[0].status == "does not fit"
+    assert "no other hook point" not in fp.check(bridge.model, crosscoder, prompts()).fits[0].misfit
+
+
+class Doubled:
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        return 3 * features
+
+
 def test_a_change_that_leaves_out_the_error_is_called_a_bug(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     change, sae = Dictionary.change, fitted(bridge.model, HOOKS[0])
     monkeypatch.setattr(Dictionary, "change", lambda own, base, source, **nodes: change(own, base, source, features=True))
     (fit,) = fp.check(bridge.model, sae, prompts()).fits
     x = [oracle.activations(bridge.model, torch.tensor([t]))[HOOKS[0]][0] for p in prompts() for t in (p.clean, p.corrupted)]
-    errors = [each - sae(each) for each in x]
+    errors = [(each - sae(each)).detach() for each in x]
     missing = max(float((clean - corrupted).abs().max()) for clean, corrupted in zip(errors[::2], errors[1::2], strict=True))
     np.testing.assert_allclose(fit.whole_site, missing / float(torch.cat(x).abs().max()))
     assert "all features and the error do not sum to the whole activation" in fit.misfit

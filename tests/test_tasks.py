@@ -143,6 +143,7 @@ def test_templates_that_are_none(name: str) -> None:
     for options, message in (
         ({"templates": []}, r"templates=\[\]: expected a list of at least one text"),
         ({"templates": "When {IO} met {S1}, {S2} saw"}, "templates='When .*: expected a list"),
+        ({"templates": ["{IO!r}"]}, "template '{IO!r}' has no {"),
         ({"templates": ["Once upon a time"]}, "template 'Once upon a time' has no {.*}: expected a text with {"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):

@@ -75,9 +75,11 @@ def test_rows_that_a_table_does_not_store(small: Small) -> None:
     ranked = fp.rank_features(small.model, sae, pairs, **OPTIONS)
     nodes = ranked.top(3, kind="feature").nodes
     joint = fp.rank_nodes(small.model, pairs, [nodes[0], fp.Patch(nodes[1:], "two")], saes=sae, **OPTIONS)
+    like = fp.rank_nodes(small.model, pairs, [fp.Patch(nodes[1:]), nodes[0], ranked.top(4).nodes[3]], saes=sae, **OPTIONS)
     random = fp.random_controls(small.model, sae, pairs, n=3, **OPTIONS).random
     for table, message in (
         (joint, "the row 'two together @ all' is of several nodes or of a random direction"),
+        (like, "the row '2 nodes together @ all' is of several nodes"),
         (random, "of a random direction"),
         (ranked.where(kind="feature", index=10**6), "the table has no rows: expected at least one"),
     ):

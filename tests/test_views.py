@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -135,6 +136,26 @@ def test_errors_of_attention_patterns(demo: Any, options: dict[str, Any], messag
     with pytest.raises(fp.FeatpatchError) as error:
         fp.attention_pattern(demo.model, **{"prompt": TEXT, "layer": 1, "head": 3, **options})
     assert message in str(error.value)
+
+
+def test_effects_of_rows_that_were_taken(demo: Any, sae: Any, pairs: fp.Pairs, effects: fp.Effects) -> None:
+    """A part of a table shows what is known of the other features; of sets and named nodes, others are unknown."""
+    whole = fp.active_features(demo.model, sae, pairs[0], effects=effects, per_token=3)
+    for part in (effects.top(2), effects.where(kind="error")):
+        pd.testing.assert_frame_equal(fp.active_features(demo.model, sae, pairs[0], effects=part, per_token=3), whole)
+    chosen = fp.select_features(demo.model, sae, pairs, most=2, position="S2", progress=False).effects
+    assert fp.active_features(demo.model, sae, pairs[0], effects=chosen)["recovery"].isna().all()
+
+
+def test_a_long_text_is_refused(demo: Any, sae: Any) -> None:
+    for call in (
+        lambda text: fp.active_features(demo.model, sae, text),
+        lambda text: fp.attribution_graph(demo.model, demo.transcoders, text),
+    ):
+        with pytest.raises(
+            fp.FeatpatchError, match="the prompt has 501 tokens: expected at most 64, the model's context; shorten"
+        ):
+            call("Mary " * 500)
 
 
 def test_a_prompt_without_active_features(demo: Any, sae: Any, pairs: fp.Pairs, effects: fp.Effects) -> None:

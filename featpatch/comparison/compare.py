@@ -379,6 +379,11 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
             f"the feature table holds {', '.join(features.directions_run())} and the component table "
             f"{', '.join(components.directions_run())}: expected an effect that both hold; rank both in the same direction"
         )
+    if not features.of_all:
+        raise FeatpatchError(
+            "the first table holds nodes that were named, or sets of nodes: expected all features, since their effects are "
+            "summed; pass a table of rank_features"
+        )
     if features.rows_ranked > features.whole.ranked.sum():
         raise FeatpatchError(
             f"the first table holds {features.whole.ranked.sum()} of {features.rows_ranked} ranked features: expected all of "

@@ -97,7 +97,7 @@ class ContributionTables:
 
 def reads_stream(dictionary: Dictionary) -> bool:
     """Return whether components write what a dictionary reads: one hook point of the residual stream."""
-    return len(dictionary.inputs) == len(dictionary.outputs) == 1 and sites.is_stream(dictionary.reads)
+    return dictionary.single and sites.is_stream(dictionary.reads)
 
 
 def _check_origin(features: Effects, model: str, found: list[Dictionary], pairs: Pairs) -> None:

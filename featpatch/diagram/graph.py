@@ -16,8 +16,6 @@ from featpatch.errors import FeatpatchError
 from featpatch.nodes import LOGITS, TOGETHER, Edge, Node, Position, numbered
 from featpatch.untrusted import visible
 
-"""The `site` of the output node."""
-
 ORDER = (
     "resid_pre", "q", "k", "v", "pattern", "z", "result", "attn_out", "resid_mid", "neurons", "mlp_out", "resid_post",
 )  # fmt: skip

@@ -105,13 +105,14 @@ def _fields(nodes: Sequence[Node]) -> pd.DataFrame:
 
 def by_site(effects: Measured) -> pd.DataFrame:
     """Return the table of `Effects.sites`."""
-    features = Counter((node.sae, node.site, node.position) for node in effects.nodes if node.kind == "feature")
+    whole = effects.whole
+    features = Counter((node.sae, node.site, node.position) for node in whole.nodes if node.kind == "feature")
     if "screening" in effects.metadata:
         features = Counter({tuple(key): count for *key, count in effects.metadata["screening"]["changed_features"]})
     at: dict[tuple[str, str, Position, str], int] = {
-        (node.sae, node.site, node.position, node.kind): row for row, node in enumerate(effects.nodes)
+        (node.sae, node.site, node.position, node.kind): row for row, node in enumerate(whole.nodes)
     }
-    pooled = {effect: np.append(effects.pooled(effect), 0.0) for effect in effects.directions_run()}
+    pooled = {effect: np.append(whole.pooled(effect), [np.nan, 0.0]) for effect in whole.directions_run()}
     rows = []
     for sae, site, position in dict.fromkeys(
         (node.sae, node.site, node.position) for node in effects.nodes if node.sae and node.kind != "edge"
@@ -122,9 +123,13 @@ def by_site(effects: Measured) -> pd.DataFrame:
             for (owner, hook, where), count in features.items()
             if (owner, where) == (sae, position) and (hook == site or site.endswith(TOGETHER))
         )
+        owners = {"activation": "", "all_features": sae, "error": sae}
+        places = {kind: at.get((owner, site, position, kind)) for kind, owner in owners.items()}
+        complete = row["changed_features"] == 0 or any(place is not None for place in places.values())
+        lacking = -1 if effects.of_all and complete else -2  # no effect, or not measured
         for effect, values in pooled.items():
-            for kind, owner in (("activation", ""), ("all_features", sae), ("error", sae)):
-                row[f"{effect}_{kind}"] = values[at.get((owner, site, position, kind), -1)]
+            for kind, place in places.items():
+                row[f"{effect}_{kind}"] = values[lacking if place is None else place]
             parts = row[f"{effect}_all_features"] + row[f"{effect}_error"]
             row[f"{effect}_interaction"] = row[f"{effect}_activation"] - parts
         rows.append(row)

@@ -160,7 +160,7 @@ def measured(effects: Measured, like: Node) -> set[tuple[int, Position]]:
     """Return the layers and positions at which all nodes of the kind were measured, so that one without a row is unchanged."""
     whole = effects.whole
     partly = "screening" in whole.metadata or effects.rows_ranked > whole.ranked.sum()
-    if not effects.finished or (partly and like.kind in RANKED):
+    if not effects.finished or not effects.of_all or (partly and like.kind in RANKED):
         return set()
     return set(product(_sites(effects, like), _places(effects)))
 

@@ -271,8 +271,9 @@ class Effects(Measured):
         """Summarise each hook point, one row per SAE and position.
 
         The columns hold the effect of the whole activation, of all features with the error kept, of the error alone, and of
-        their interaction, whole - features - error. A node without a row in the table is the same in both runs and has exactly
-        no effect.
+        their interaction, whole - features - error. In a ranking of all nodes, one without a row is the same in both runs and
+        has exactly no effect; in a table of nodes that were named, its effect is unknown (NaN). Rows that were taken from a
+        table have the numbers of the whole table.
 
         Examples:
             >>> effects.sites().set_index("sae")["recovery_activation"].round(2).to_dict()

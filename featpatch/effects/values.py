@@ -191,6 +191,12 @@ class PatchedValues:
         """The number of ranked rows of `whole`, also if only some of its rows were saved and loaded."""
         return int(self.whole.metadata.get("rows_ranked", self.whole.ranked.sum()))
 
+    @property
+    def of_all(self) -> bool:
+        """Whether `whole` ranks all nodes that differ, instead of nodes that were named, sets of nodes or random directions."""
+        nodes = self.whole.nodes
+        return "nodes" not in self.whole.metadata and not any(node.kind in ("set", "random") for node in nodes)
+
     def where(self: T, **wanted: Any) -> T:
         """Return the rows whose node has these field values, e.g. `where(kind="feature", position="S2")`.
 

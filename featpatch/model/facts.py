@@ -238,7 +238,15 @@ def _sample(tensor: torch.Tensor) -> tuple[float, ...]:
 
 
 TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that the weights of dictionaries may have."""
+"""The dtypes that weights may have."""
+
+
+def dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype of a name, such as float32 or torch.float32; None for None. Raise a FeatpatchError if it is unknown."""
+    wanted = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and wanted not in TYPES:
+        raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(str(kind)[6:] for kind in TYPES)}")
+    return wanted
 
 
 def check_finite(what: str, source: Any) -> None:

@@ -33,7 +33,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from featpatch import sites
 from featpatch.errors import FeatpatchError, FeatpatchWarning, counted, listed
 from featpatch.files import read_json
-from featpatch.model.facts import check_finite
+from featpatch.model.facts import check_finite, dtype_named
 from featpatch.model.layer import Norm, norm_of
 from featpatch.model.lens import Lens
 from featpatch.model.sources import check_device, check_there, folder_with, installing_nothing, not_found, numerically
@@ -230,27 +230,30 @@ def load_model(
     Raises:
         FeatpatchError: there is no such model, it can't be loaded, it can't be patched, or an argument has no use.
     """
-    if set(processing or ()) - set(PROCESSED):
-        raise FeatpatchError(f"processing={list(processing or ())}: expected some of {', '.join(PROCESSED)}")
+    steps = () if processing is None else processing
+    if isinstance(steps, str) or not isinstance(steps, Collection) or any(step not in PROCESSED for step in steps):
+        raise FeatpatchError(f"processing={processing!r:.60}: expected a list of some of {', '.join(PROCESSED)}")
     check_device(device)
     if isinstance(tokenizer, (str, Path)):
         raise FeatpatchError(
             f"tokenizer={str(tokenizer)!r} is a {type(tokenizer).__name__}: expected the tokenizer itself; pass "
             f"tokenizer=AutoTokenizer.from_pretrained({str(tokenizer)!r}), with AutoTokenizer from transformers"
         )
+    if isinstance(source, type):
+        raise FeatpatchError(f"{source.__name__} is a class: expected an instance of it")
     source = uncompiled(source)
     check_form(source)
     if isinstance(source, torch.nn.Module):
         check_finite(f"the {type(source).__name__}", getattr(source, "original_model", source))
-        _check_unused(source, device, dtype=dtype)
     if isinstance(source, TransformerBridge | HookedTransformer):
-        _check_unused(source, device, tokenizer=tokenizer, processing=processing or None)
+        _check_unused(source, device, dtype=dtype, tokenizer=tokenizer, processing=processing or None)
         return source
     processing = trained if processing is None else processing
     if isinstance(source, PreTrainedModel):
+        _check_unused(source, device, dtype=dtype)
         bridge = _around(deepcopy(source) if processing else source, tokenizer)
     elif isinstance(source, str | Path):
-        bridge = _booted(str(source), tokenizer, device, dtype or "float32")
+        bridge = _booted(str(source), tokenizer, device, dtype_named(dtype) or torch.float32)
     else:
         raise FeatpatchError(
             f"the model is a {type(source).__name__}: expected a name, a folder, a Hugging Face model with its tokenizer, or a "
@@ -288,10 +291,7 @@ def _check_unused(model: torch.nn.Module, device: str, **given: Any) -> None:
         )
 
 
-def _booted(source: str, tokenizer: Any, device: str, dtype: str) -> TransformerBridge:
-    numbers = getattr(torch, dtype, None)
-    if not isinstance(numbers, torch.dtype):
-        raise FeatpatchError(f"dtype {dtype!r} is unknown: expected float32, bfloat16, float16 or float64")
+def _booted(source: str, tokenizer: Any, device: str, numbers: torch.dtype) -> TransformerBridge:
     check_there("model", source)
     if (Path(source) / "adapter_config.json").is_file():
         raise FeatpatchError(

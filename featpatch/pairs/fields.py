@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from featpatch.errors import FeatpatchError, closest, each, errors_about
+from featpatch.errors import FeatpatchError, closest, each, errors_about, listed
 from featpatch.pairs.build import filler_id, make
 from featpatch.pairs.files import Rows, fitting, parsed
 from featpatch.pairs.pair import Pair, positions_of
@@ -111,11 +111,11 @@ def from_line(tokenizer: Tokenizer, row: Mapping[str, Any], *, long_answers: boo
         FeatpatchError: a field is unknown or has the wrong type.
     """
     ids = isinstance(row["clean"], list)
-    known = (*NEEDED, *OBJECTS, "tags", *(("special", "answer_position") if ids else ()))
-    if unknown := [field for field in row if field not in known]:
+    known = (*NEEDED, *(OBJECTS[:2] if ids else OBJECTS), "tags", *(("special", "answer_position") if ids else ()))
+    if unknown := [field for field in row if field not in (*known, *OBJECTS)]:
         raise FeatpatchError(
-            f"{', '.join(map(repr, unknown))} in {str(dict(row))[:60]!r}: expected only {', '.join(known)}; put other "
-            f"information into tags{closest(unknown[0], known)}"
+            f"{listed([f'{field!r:.60}' for field in unknown], 5)} in {str(dict(row))[:60]!r}: expected only "
+            f"{', '.join(known)}; put other information into tags{closest(unknown[0], known)}"
         )
     return _of_ids(tokenizer, row, long_answers) if ids else checked(row)
 

@@ -44,14 +44,15 @@ class PairsInFiles:
         """Read pairs from a file of JSON lines `{"clean", "corrupted", "correct", "wrong"}`.
 
         Optional fields are `"labels"` and `"corrupted_labels"` as in `from_prompts`, `"spans"` and `"corrupted_spans"`
-        (`{"S2": [34, 38]}`, in characters), and `"tags"` (an object of texts). `align`, `filler` and `long_answers` are those
-        of `from_prompts`.
+        (`{"S2": [34, 38]}`, in characters), and `"tags"` (an object of texts), which holds any other information. `align`,
+        `filler` and `long_answers` are those of `from_prompts`.
 
         If both prompts are lists of token ids, the answers are ids too (`[52]`, or `[[5, 9]]` for a sequence) and labels are
         positions; `"special"` and `"answer_position"` are optional. Such a pair is used unchanged; see `to_jsonl`.
 
         Raises:
-            FeatpatchError: the file is missing, or a line is not JSON, lacks a field or does not make a valid pair.
+            FeatpatchError: the file is missing, or a line is not JSON, lacks a field, has an unknown one or makes no valid
+                pair.
 
         Examples:
             >>> again = fp.Pairs.from_jsonl(model, pairs.to_jsonl(folder / "pairs.jsonl"))

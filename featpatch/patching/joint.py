@@ -271,7 +271,7 @@ def _asked(
         if together is False:
             return chosen, {}
         whole = joint(chosen)
-        return (*chosen, whole), {whole: _set_once(chosen)}
+        return (*chosen, whole), {whole: set_once(chosen)}
     if together:
         raise FeatpatchError("together=True with patches: expected False, or nodes alone; put the nodes into one more Patch")
     rows: list[Node] = []
@@ -281,7 +281,7 @@ def _asked(
         known = tuple(_named(lens, node) for node in check_nodes(lens, some, found, f"nodes[{number}]"))
         rows.append(joint(known, number, entry.name) if isinstance(entry, Patch) else known[0])
         if isinstance(entry, Patch):
-            patches[rows[-1]] = _set_once(known)
+            patches[rows[-1]] = set_once(known)
     if len(set(rows)) < len(rows):
         repeated = next(row for row in rows if rows.count(row) > 1)
         raise FeatpatchError(f"nodes names {str(repeated)!r} twice: expected each node once; remove the duplicate")
@@ -302,7 +302,7 @@ def _adds_up(nodes: Sequence[Node], found: Sequence[Dictionary]) -> bool:
     )
 
 
-def _set_once(nodes: Sequence[Node]) -> tuple[Node, ...]:
+def set_once(nodes: Sequence[Node]) -> tuple[Node, ...]:
     """Return the values that nodes stand for, each once: `hook_result` is z times W_O."""
     return tuple(dict.fromkeys(replace(node, site=_read(node.site)) for node in nodes))
 

@@ -19,11 +19,13 @@ PARTS = {"activation": "whole", "all_features": "features", "error": "error"}
 
 
 def sites_section(effects: Effects) -> Section | None:
-    """Return the section of what the whole activation, all features and the error carry; None without SAEs."""
+    """Return the section of what the whole activation, all features and the error carry; None if nothing of it was measured."""
+    run = effects.directions_run()
     frame = effects.sites()
+    if len(frame):
+        frame = frame.dropna(subset=[f"{effect}_{kind}" for effect in run for kind in PARTS], how="all", ignore_index=True)
     if not len(frame):
         return None
-    run = effects.directions_run()
     names = short_names([Node(row["site"], "activation", None, row["position"], row["sae"]) for _, row in frame.iterrows()])
     sizes = frame[[f"{effect}_activation" for effect in run]].abs().max(axis=1).to_numpy()
     chosen = np.sort(np.argsort(-sizes, kind="stable")[:PLACES])

@@ -320,6 +320,8 @@ def _comparable(effects: Effects, components: Effects, found: Sequence[Dictionar
     about = effects.metadata
     return (
         not {"screening", "of_pairs", "noise", "ablation"} & set(about)
+        and effects.of_all
+        and effects.rows_ranked <= effects.whole.ranked.sum()
         and about.get("positions") == components.metadata.get("positions")
         and any(map(reads_stream, found))
     )

@@ -10,9 +10,9 @@ import yaml  # type: ignore[import-untyped]
 from featpatch import sites
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.files import as_path, writing
+from featpatch.model.facts import dtype_named
 from featpatch.sae.cross import Cross, Group, checked, hooks_of
 from featpatch.sae.matrices import Matrix, Stored, values_of, write_tensors
-from featpatch.sae.weights import dtype_named
 
 
 class CrossLayerTranscoder(Cross):

@@ -9,9 +9,9 @@ import torch
 
 from featpatch.errors import FeatpatchError, check_kinds
 from featpatch.files import as_path, writing
+from featpatch.model.facts import dtype_named
 from featpatch.sae.cross import Cross, Group, checked, hooks_of
 from featpatch.sae.matrices import values_of, write_tensors
-from featpatch.sae.weights import dtype_named
 
 
 class Crosscoder(Cross):

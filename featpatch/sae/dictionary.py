@@ -61,11 +61,17 @@ class Dictionary:
         """The only hook point that the dictionary writes; raises a FeatpatchError if it reads or writes several."""
         return self._only(self.outputs)
 
+    @property
+    def single(self) -> bool:
+        """Whether the dictionary reads a single hook point and writes a single one."""
+        return len(self.inputs) == len(self.outputs) == 1
+
     def _only(self, hooks: tuple[str, ...]) -> str:
-        if len(self.inputs) > 1 or len(self.outputs) > 1:
+        if not self.single:
             raise FeatpatchError(
                 f"{self.name!r} ({self.codec.kind}) reads {len(self.inputs)} hook points and writes {len(self.outputs)}: "
-                "expected one of each here; use fp.rank_features or fp.rank_nodes, or a dictionary of a single layer"
+                "expected one of each here; use a dictionary of a single layer, or fp.rank_features, fp.rank_nodes or "
+                "fp.check, which take several"
             )
         return hooks[0]
 
@@ -112,7 +118,7 @@ class Dictionary:
 
         There are none for a dictionary that reads or writes several hook points.
         """
-        if len(self.inputs) > 1 or len(self.outputs) > 1:
+        if not self.single:
             return []
         hooks = [
             (re.sub(r"^blocks\.\d+\.", start, self.reads), re.sub(r"^blocks\.\d+\.", start, self.writes))

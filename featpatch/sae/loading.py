@@ -14,15 +14,16 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens.supported_models import MODEL_ALIASES
 
-from featpatch.errors import FeatpatchError, listed
+from featpatch.errors import FeatpatchError, is_number, listed
 from featpatch.files import as_path, read_json
+from featpatch.model.facts import dtype_named
 from featpatch.model.sources import check_device, check_there, folder_with, near_folder, not_found, numerically
 from featpatch.sae import cross_formats
 from featpatch.sae.adapted import Adapted, placed
 from featpatch.sae.cross import Cross
 from featpatch.sae.formats import READERS, read
 from featpatch.sae.sae_lens import SCALED, Training, check_sizes
-from featpatch.sae.weights import Weights, dtype_named
+from featpatch.sae.weights import Weights
 from featpatch.untrusted import short
 
 
@@ -78,7 +79,10 @@ def load_sae(
         'blocks.1.hook_resid_pre'
     """
     check_device(device)
-    dtype_named(dtype)
+    kind = dtype_named(dtype)
+    dtype = None if kind is None else str(kind).removeprefix("torch.")
+    if norm_scaling_factor is not None:
+        _check_scale(norm_scaling_factor)
     if not isinstance(source, (str, Path)):
         raise FeatpatchError(f"the SAE is named by a {type(source).__name__}: expected a folder or a name")
     for name, value in (("hook", hook), ("hook_out", hook_out)):
@@ -99,7 +103,7 @@ def load_sae(
         found = _from_hub(str(source), device, dtype, norm_scaling_factor, hooks)
     if isinstance(found, Cross):
         _check_unscaled(repr(found), norm_scaling_factor)
-        return found.to(dtype_named(dtype), device)
+        return found.to(kind, device)
     if not isinstance(hook, str | None) or not isinstance(hook_out, str | None):
         raise FeatpatchError(
             f"hook={hook!r}, hook_out={hook_out!r}: expected one name each, because {str(source)!r} is no dictionary "
@@ -118,7 +122,8 @@ def load_sae(
 def _check_unscaled(what: str, norm_scaling_factor: float | None) -> None:
     if norm_scaling_factor is not None:
         raise FeatpatchError(
-            f"norm_scaling_factor={norm_scaling_factor}: expected None, because {what} is not scaled; leave it out"
+            f"norm_scaling_factor={norm_scaling_factor}: expected None, because {what} is not scaled, or its scale is "
+            "folded in already; leave it out"
         )
 
 
@@ -160,10 +165,9 @@ def _from_hub(
         if other is None:
             raise not_found("SAE", source, error) from error
         return other
-    if norm_scaling_factor is not None:
-        if sae.cfg.normalize_activations != SCALED:
-            _check_unscaled(repr(source), norm_scaling_factor)
-        _check_scale(norm_scaling_factor)
+    if sae.cfg.normalize_activations != SCALED:
+        _check_unscaled(repr(source), norm_scaling_factor)
+    elif norm_scaling_factor is not None:
         sae.fold_activation_norm_scaling_factor(norm_scaling_factor)
     metadata = sae.cfg.metadata
     metadata.explained_variance = metadata.explained_variance or location.explained_variance
@@ -354,5 +358,5 @@ def _check_types(cfg: Any) -> None:
 
 
 def _check_scale(scale: object) -> None:
-    if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+    if not is_number(scale) or not 0 < scale < float("inf"):
         raise FeatpatchError(f"norm_scaling_factor is {scale!r}: expected a positive number")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from featpatch.errors import FeatpatchError
-from featpatch.model.facts import TYPES, check_finite
+from featpatch.model.facts import TYPES, check_finite, dtype_named
 
 LAYER_OF_CLT = (
     "a single layer of a cross-layer transcoder (CLT), whose features write to several layers: expected the whole of it; load "
@@ -117,14 +117,6 @@ class Weights:
         """Return the same weights on another device and in another dtype, see `dtype_named`; None keeps their own dtype."""
         own = dtype_named(dtype) or self.tensors["W_enc"].dtype
         return replace(self, tensors={name: each.to(device=device, dtype=own) for name, each in self.tensors.items()})
-
-
-def dtype_named(dtype: str | None) -> torch.dtype | None:
-    """Return the dtype of a name, and None for None; raise a FeatpatchError if the name is unknown."""
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else None
-    if dtype is not None and wanted not in TYPES:
-        raise FeatpatchError(f"dtype={dtype!r}: expected one of {', '.join(str(kind)[6:] for kind in TYPES)}")
-    return wanted
 
 
 def _keep(pre: torch.Tensor, k: int) -> torch.Tensor:

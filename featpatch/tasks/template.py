@@ -86,7 +86,7 @@ def check_templates(templates: Any, slots: Sequence[str], labels: Sequence[str])
     if isinstance(templates, str) or not isinstance(templates, Sequence) or not templates:
         raise FeatpatchError(f"templates={templates!r:.60}: expected a list of at least one text")
     for template in templates:
-        found = SLOT.findall(template) if isinstance(template, str) else []
+        found = re.findall(r"\{([^{}]*)\}", template) if isinstance(template, str) else []
         missing, unknown = [name for name in labels if name not in found], [name for name in found if name not in slots]
         if missing or unknown:
             wrong = f"has no {{{missing[0]}}}" if missing else f"has {{{unknown[0]}}}"
@@ -129,13 +129,13 @@ def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed:
     if not found:
         raise FeatpatchError(
             f"none of the {len(seen)} pairs that were tried fits this tokenizer: expected words that are one known token each, "
-            "in prompts of equal length; give templates and words of your own"
+            "in prompts of equal length; give templates of your own"
         )
     tried = f"of the {len(seen)} different ones there are" if repeated else f"after {TRIES * n} attempts"
     raise FeatpatchError(
         f"only {len(found)} of {n} pairs fit this tokenizer, {tried}: expected n={len(found)} at most with these templates and "
-        "words, which must be one known token each in prompts of equal length; ask for fewer pairs, or give templates and "
-        "words of your own"
+        "words, which must be one known token each in prompts of equal length; ask for fewer pairs, or give templates of "
+        "your own"
     )
 
 
@@ -172,8 +172,10 @@ def usable(tokenizer: Tokenizer, words: Sequence[str], least: int) -> list[str]:
     """Return the words that are one known token in the middle of a sentence.
 
     Raises:
-        FeatpatchError: there are fewer than `least`.
+        FeatpatchError: there are fewer than `least`, or they are no list.
     """
+    if isinstance(words, str) or not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+        raise FeatpatchError(f"words {words!r:.60}: expected a list of texts")
     after = AnswerTokens(tokenizer, "Then")
     kept = [word for word in words if after.next_token(f" {word}") is not None]
     if len(kept) < least:

@@ -28,6 +28,10 @@ def prompt_of(lens: Lens, prompt: Any) -> tuple[tuple[int, ...], frozenset[int]]
         if not isinstance(prompt, (list, tuple)) or not prompt or not all(map(is_integer, prompt)):
             raise FeatpatchError(f"prompt={prompt!r:.60}: expected a text, a list of token ids, or a pair such as pairs[0]")
         pair = _alone(tuple(map(int, prompt)))
+    if not isinstance(prompt, Pair) and lens.n_ctx is not None and len(pair) > lens.n_ctx:
+        raise FeatpatchError(
+            f"the prompt has {len(pair)} tokens: expected at most {lens.n_ctx}, the model's context; shorten it"
+        )
     check_tokens(Pairs((pair,)), lens)
     ids = pair.clean[: (pair.answer_position % len(pair.clean)) + 1]
     special = pair.special

@@ -157,3 +157,5 @@ def test_texts_may_be_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [fp.feature(sae, 433)]
     column = fp.max_activating(demo.model, sae, nodes, pd.Series(texts))
     assert repr(column) == repr(fp.max_activating(demo.model, sae, nodes, texts))
+    with pytest.raises(fp.FeatpatchError, match="texts=<generator .*: expected a list of at least one document"):
+        fp.max_activating(demo.model, sae, nodes, (text for text in texts))  # type: ignore[arg-type]

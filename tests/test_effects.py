@@ -257,5 +257,8 @@ def test_the_summary_of_rows_is_that_of_the_whole_table(small: Small) -> None:
         assert numbers.isna().to_numpy().all()
         with pytest.raises(fp.FeatpatchError, match="nodes that were named, or sets of nodes: expected all features"):
             fp.compare(table, fp.rank_components(small.model, pairs, sites="resid_pre", **options))
+    errors = fp.rank_nodes(small.model, pairs, [fp.Node(SITE, "error")], saes=saes, together=False, **options).sites()
+    assert errors["recovery_error"].notna().all()
+    assert errors[["recovery_activation", "recovery_all_features"]].isna().to_numpy().all()
     kept = [node for node in whole.nodes if node.kind == "feature"]
     assert fp.rank_nodes(small.model, pairs, kept, saes=saes, **options).sites().filter(like="recovery").isna().to_numpy().all()

@@ -179,10 +179,6 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     "load_sae dtype": lambda small, pairs, effects, x: fp.load_sae("./nowhere", dtype=x or "x"),
     "tasks.ioi corruptions": lambda small, pairs, effects, x: fp.tasks.ioi(list, 2, corruptions=x),
     "diagnose": lambda small, pairs, effects, x: fp.diagnose(small.model, small.at(SITE), pairs, x),
-    "max_activating texts": lambda small, pairs, effects, x: fp.max_activating(
-        small.model, small.at(SITE), [FEATURE], (line for line in [x])
-    ),
-    "max_activating text": lambda small, pairs, effects, x: fp.max_activating(small.model, small.at(SITE), [FEATURE], [x]),
 }
 
 

@@ -418,6 +418,9 @@ def test_what_is_no_dictionary(bridge: Small) -> None:
         fp.dictionaries.adapt(Squared, "blocks.1.hook_resid_pre", d_in=16)
     with pytest.raises(fp.FeatpatchError, match="StandardSAE is a sae-lens object: expected an object of another library"):
         fp.dictionaries.adapt(bridge.saes[0], "blocks.1.hook_resid_pre")
+    for made in (fp.dictionaries.adapt(Squared(16), "blocks.1.hook_resid_pre", d_in=16), fp.load_demo().clt):
+        with pytest.raises(fp.FeatpatchError, match="is a dictionary already: .* pass it without adapt"):
+            fp.dictionaries.adapt(made, "blocks.1.hook_resid_pre", d_in=16)
     with pytest.raises(fp.FeatpatchError, match="d_in=0: expected names of hook points and a width"):
         fp.dictionaries.adapt(Squared(16), "blocks.1.hook_resid_pre", d_in=0)
     with pytest.raises(

@@ -143,8 +143,8 @@ def test_templates_that_are_none(name: str) -> None:
     for options, message in (
         ({"templates": []}, r"templates=\[\]: expected a list of at least one text"),
         ({"templates": "When {IO} met {S1}, {S2} saw"}, "templates='When .*: expected a list"),
-        ({"templates": ["{IO!r}"]}, "template '{IO!r}' has no {"),
-        ({"templates": ["Once upon a time"]}, "template 'Once upon a time' has no {.*}: expected a text with {"),
+        ({"templates": ["{IO!r}"]}, "template '{IO!r}' has {.*} 0 times"),
+        ({"templates": ["Once upon a time"]}, "template 'Once upon a time' has {.*} 0 times: expected a text with {"),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):
             task(tokenizer, 2, **options)
@@ -152,9 +152,15 @@ def test_templates_that_are_none(name: str) -> None:
 
 def test_a_slot_that_is_unknown() -> None:
     with pytest.raises(
-        fp.FeatpatchError, match="has {name}: expected a text with {IO}, {S1}, {S2}, and no slots but {IO}, .*{object}$"
+        fp.FeatpatchError,
+        match="has {name}: expected a text with {IO}, {S1}, {S2}, each once, and no slots but {IO}, .*{object}$",
     ):
         fp.tasks.ioi(fp.load_demo().model, 2, templates=["{name}, {IO} and {S1} left, {S2} waved at"])
+
+
+def test_a_label_that_occurs_twice() -> None:
+    with pytest.raises(fp.FeatpatchError, match="has {S2} 2 times: expected a text with {IO}, {S1}, {S2}, each once"):
+        fp.tasks.ioi(fp.load_demo().model, 2, templates=["{S2}, {IO} and {S1} left, {S2} waved at"])
 
 
 def test_labels_at_different_positions_make_no_pair() -> None:

@@ -109,6 +109,10 @@ def adapt(
             f"{type(coder).__name__} is a sae-lens object: expected an object of another library; pass this one without "
             "adapt, and set cfg.metadata.hook_name (and hook_name_out) to use it at another hook point"
         )
+    if isinstance(coder, (Adapted, Cross)):
+        raise FeatpatchError(
+            f"{type(coder).__name__} is a dictionary already: expected an object of another library; pass it without adapt"
+        )
     if (across := cross_formats.of_object(coder, (hook, hook_out), name)) is not None:
         return across
     weights = of_object(coder)

@@ -77,7 +77,7 @@ REPEATS = 20
 
 
 def check_templates(templates: Any, slots: Sequence[str], labels: Sequence[str]) -> None:
-    """Raise a FeatpatchError unless templates are texts that hold each of the labels as a slot, and no slot that is unknown.
+    """Raise a FeatpatchError unless templates are texts that hold each of the labels as a slot once, and no unknown slot.
 
     Args:
         slots: the slots of the task.
@@ -87,11 +87,13 @@ def check_templates(templates: Any, slots: Sequence[str], labels: Sequence[str])
         raise FeatpatchError(f"templates={templates!r:.60}: expected a list of at least one text")
     for template in templates:
         found = re.findall(r"\{([^{}]*)\}", template) if isinstance(template, str) else []
-        missing, unknown = [name for name in labels if name not in found], [name for name in found if name not in slots]
-        if missing or unknown:
-            wrong = f"has no {{{missing[0]}}}" if missing else f"has {{{unknown[0]}}}"
+        wrong = [f"has {{{name}}} {found.count(name)} times" for name in labels if found.count(name) != 1]
+        wrong += [f"has {{{name}}}" for name in found if name not in slots]
+        if wrong:
             needed, known = (", ".join(f"{{{name}}}" for name in names) for names in (labels, slots))
-            raise FeatpatchError(f"template {template!r:.80} {wrong}: expected a text with {needed}, and no slots but {known}")
+            raise FeatpatchError(
+                f"template {template!r:.80} {wrong[0]}: expected a text with {needed}, each once, and no slots but {known}"
+            )
 
 
 def draw(tokenizer: Tokenizer, make: Callable[[Random], Draft], *, n: int, seed: int) -> Pairs:

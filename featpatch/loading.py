@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from featpatch.errors import FeatpatchError, FeatpatchWarning, check_kinds, counted
 from featpatch.model.loading import load_model
 from featpatch.model.sources import loading_quietly
@@ -65,7 +67,7 @@ def load(
     *,
     tokenizer: Any = None,
     device: str = "cpu",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     processing: Collection[str] | None = None,
     pairs: Pairs | None = None,
     check: bool = True,

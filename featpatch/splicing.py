@@ -127,7 +127,6 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
     lens = wrap(model)
     documents = _documents(lens, model, prompts)
     found = dictionaries(lens, saes)
-    writes = {each.name: each.writes for each in found}
     batches = [_Batch.of([documents[index] for index in group]) for group in together(
         [len(document.tokens) for document in documents], causal=lens.causal
     )]  # fmt: skip
@@ -139,15 +138,15 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
         )
     for batch in batches:
         _check_predicted(lens, batch)
-    hooks = sorted({hook for each in found for hook in each.hooks})
+    hooks = sorted({hook for each in found for hook in (each.reads, each.writes)})
     moments = {each.name: _Moments() for each in found}
     with tqdm(total=2 * len(batches), unit="batch", desc="splicing", disable=not progress) as bar:
         for batch in batches:
             read = lens.read(batch.tokens, hooks)
             for each in found:
-                moments[each.name].add(each.split(read), read[writes[each.name]], batch.replaced)
+                moments[each.name].add(each.split(read), read[each.writes], batch.replaced)
             bar.update()
-        means = {writes[name]: of_sae.mean for name, of_sae in moments.items()}
+        means = {each.writes: moments[each.name].mean for each in found}
         sums: dict[str, float] = {}
         for batch in batches:
             for name, loss in _losses(lens, batch, lens.read(batch.tokens, hooks), found, means):
@@ -158,8 +157,8 @@ def loss_recovered(model: Any, saes: Any, prompts: Pairs | Sequence[str], *, pro
             sae=each.name,
             loss=sums["model"],
             loss_sae=sums[f"sae {each.name}"],
-            loss_zero=sums[f"zero {writes[each.name]}"],
-            loss_mean=sums[f"mean {writes[each.name]}"],
+            loss_zero=sums[f"zero {each.writes}"],
+            loss_mean=sums[f"mean {each.writes}"],
             explained_variance=moments[each.name].explained,
             l0=moments[each.name].active / moments[each.name].n,
         )

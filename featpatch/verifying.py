@@ -1,6 +1,6 @@
 """Verification of a table of effects: a random sample of its rows is measured again and compared."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from featpatch.patching.features import feature_study
 from featpatch.patching.joint import node_study, set_once
 from featpatch.patching.paths import path_study
 from featpatch.patching.study import Options, Study
-from featpatch.sae.dictionary import dictionaries_if_any, digests
+from featpatch.sae.dictionary import Dictionary, dictionaries_if_any, digests
 from featpatch.untrusted import visible
 
 TOLERANCE = 1e-4
@@ -108,7 +108,9 @@ def verify(
     if not is_number(tolerance) or not tolerance >= 0:
         raise FeatpatchError(f"tolerance={tolerance!r}: expected a number, 0 or more, such as {TOLERANCE}")
     lens = wrap(model)
-    several = _check_same(effects, lens, pairs, saes)
+    found = dictionaries_if_any(lens, saes)
+    _check_same(effects, lens, pairs, found)
+    several = {dictionary.name for dictionary in found if len(dictionary.outputs) > 1}
     drawn = np.sort(np.random.default_rng(seed).permutation(len(effects))[:rows])
     nodes = [effects.nodes[row] for row in drawn]
     metrics = list(effects.metrics)
@@ -132,9 +134,7 @@ def _check_repeatable(effects: Effects) -> None:
     if not len(effects):
         raise FeatpatchError("the table has no rows: expected at least one, to measure it again")
     together = [node for node in effects.nodes if node.kind in ("set", "random")]
-    alone = _alone(effects.whole.nodes)
-    of_all = about.get("patches") == {"0": list(map(str, set_once(alone)))} and together == [joint(alone)]
-    if together and not of_all:
+    if together and not _is_of_all(effects, together):
         raise FeatpatchError(
             f"the row {str(together[0])!r} is of several nodes or of a random direction: expected rows of single nodes and of "
             "all of them; pass effects.where(kind=...) with another kind, or measure the patch again with fp.rank_nodes"
@@ -147,15 +147,20 @@ def _check_repeatable(effects: Effects) -> None:
         )
 
 
+def _is_of_all(effects: Effects, together: list[Node]) -> bool:
+    """Return whether the only joint patch of a table is that of all its other nodes, which can be made again."""
+    alone = _alone(effects.whole.nodes)
+    return effects.metadata.get("patches") == {"0": list(map(str, set_once(alone)))} and together == [joint(alone)]
+
+
 def _alone(nodes: Iterable[Node]) -> list[Node]:
     """Return the nodes that are not joint patches of others."""
     return [node for node in nodes if node.kind != "set"]
 
 
-def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> set[str]:
-    """Raise a FeatpatchError unless model, pairs and SAEs are those of a table; return the SAEs that write to several hooks."""
+def _check_same(effects: Effects, lens: Lens, pairs: Pairs, found: Sequence[Dictionary]) -> None:
+    """Raise a FeatpatchError unless model, pairs and SAEs are those of a table."""
     about = effects.metadata
-    found = dictionaries_if_any(lens, saes)
     given = {"model": lens.digest(), "pairs": check_pairs(pairs, by_label=True).digest(), **digests(found)}
     known = {"model": about["model"]["sha256"], "pairs": about["pairs"], **about.get("saes", {})}
     if missing := [name for name in known if name not in given]:
@@ -169,12 +174,12 @@ def _check_same(effects: Effects, lens: Lens, pairs: Pairs, saes: Any) -> set[st
                 f"{name} differs from that of the table: expected the one that it was measured with; pass the same model, "
                 "pairs and SAEs"
             )
-    return {dictionary.name for dictionary in found if len(dictionary.outputs) > 1}
 
 
 def _study(
     effects: Effects, model: Any, pairs: Pairs, saes: Any, nodes: list[Node], metrics: list[str], several: set[str]
 ) -> Study:
+    """Return the experiment that measures some nodes again; `several` names the SAEs that write to several hook points."""
     about = effects.metadata
     options = Options(positions=about["positions"], directions=about["directions"], metric=metrics)
     edges = frozenset(node for node in nodes if isinstance(node, Edge))

@@ -381,8 +381,10 @@ def test_what_a_model_in_memory_has_no_use_for(root: Path, bridge: Small) -> Non
 
 
 def test_dtypes_have_two_spellings(root: Path) -> None:
-    model = fp.load(root / "model", dtype="torch.float64").model
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    for dtype in ("torch.float64", torch.float64):
+        model = fp.load(root / "model", dtype=dtype).model
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+        assert fp.load_sae(root / "saes" / HOOK, dtype=dtype).W_dec.dtype == torch.float64
 
 
 def test_arguments_of_load_sae_that_do_not_fit(root: Path) -> None:

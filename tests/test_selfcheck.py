@@ -219,7 +219,6 @@ def test_special_tokens_are_left_out(bridge: Small) -> None:
     assert fp.check(bridge.model, bridge.saes[:1], marked).positions == 12 * 2 * 8
 
 
-@torch.no_grad()
 def test_dictionaries_that_explain_nothing_do_not_fit(bridge: Small) -> None:
     """Below 0 none fits, also if its configuration says nothing; over several hook points none below one half."""
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in (0, 1)]
@@ -242,12 +241,13 @@ class Doubled:
         return 3 * features
 
 
+@torch.no_grad()
 def test_a_change_that_leaves_out_the_error_is_called_a_bug(bridge: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     change, sae = Dictionary.change, fitted(bridge.model, HOOKS[0])
     monkeypatch.setattr(Dictionary, "change", lambda own, base, source, **nodes: change(own, base, source, features=True))
     (fit,) = fp.check(bridge.model, sae, prompts()).fits
     x = [oracle.activations(bridge.model, torch.tensor([t]))[HOOKS[0]][0] for p in prompts() for t in (p.clean, p.corrupted)]
-    errors = [(each - sae(each)).detach() for each in x]
+    errors = [each - sae(each) for each in x]
     missing = max(float((clean - corrupted).abs().max()) for clean, corrupted in zip(errors[::2], errors[1::2], strict=True))
     np.testing.assert_allclose(fit.whole_site, missing / float(torch.cat(x).abs().max()))
     assert "all features and the error do not sum to the whole activation" in fit.misfit

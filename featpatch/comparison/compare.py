@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
 from featpatch import sites
 from featpatch.comparison.tables import ContributionTables
+from featpatch.effects.statistics import spearman
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, listed
 from featpatch.frame import Frame, text
@@ -92,7 +92,7 @@ def agreement(table: pd.DataFrame, effect: Effect) -> Agreement:
     pairs = found[[effect, f"{effect}_features"]].dropna().to_numpy(dtype=np.float64)
     pairs = np.round(pairs / (TIED * np.abs(pairs).max(0, initial=1e-30)))
     reason = _reason(table, len(found), pairs)
-    return Agreement(np.nan if reason else float(spearmanr(*pairs.T).statistic), len(pairs), reason)
+    return Agreement(np.nan if reason else spearman(*pairs.T), len(pairs), reason)
 
 
 def _reason(table: pd.DataFrame, count: int, pairs: NDArray[np.float64]) -> str:

@@ -194,8 +194,9 @@ class PatchedValues:
     @property
     def of_all(self) -> bool:
         """Whether `whole` ranks all nodes that differ, instead of nodes that were named, sets of nodes or random directions."""
-        nodes = self.whole.nodes
-        return "nodes" not in self.whole.metadata and not any(node.kind in ("set", "random") for node in nodes)
+        whole = self.whole
+        apart = whole._kept("apart", lambda: np.array(any(node.kind in ("set", "random") for node in whole.nodes)))
+        return "nodes" not in whole.metadata and not apart
 
     def where(self: T, **wanted: Any) -> T:
         """Return the rows whose node has these field values, e.g. `where(kind="feature", position="S2")`.

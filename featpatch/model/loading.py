@@ -212,7 +212,7 @@ def load_model(
     *,
     tokenizer: Any = None,
     device: str = "cpu",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     processing: Collection[str] | None = None,
     trained: Collection[str] = (),
 ) -> Any:

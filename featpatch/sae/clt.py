@@ -104,7 +104,7 @@ class CrossLayerTranscoder(Cross):
         )  # fmt: skip
         self._settle(activation, threshold, k, name, model)
 
-    def save(self, folder: str | Path, *, dtype: str | None = None) -> None:
+    def save(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
         """Save it as a folder of circuit-tracer, which `fp.load_sae` reads again.
 
         A layer at a time is in memory. circuit-tracer reads what has no threshold as ReLU, so also what is saved as `"topk"`.

@@ -95,7 +95,7 @@ class Crosscoder(Cross):
         )  # fmt: skip
         self._settle(activation, threshold, k, name, model)
 
-    def save(self, folder: str | Path, *, dtype: str | None = None) -> None:
+    def save(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
         """Save it as `crosscoder.safetensors` and `crosscoder.json`, which `fp.load_sae` reads again.
 
         Args:

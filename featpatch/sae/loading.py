@@ -7,6 +7,7 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any, cast, get_type_hints
 
+import torch
 from huggingface_hub import list_repo_files, snapshot_download
 from sae_lens import SAE, TemporalSAE
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME
@@ -43,7 +44,7 @@ def load_sae(
     source: str | Path,
     *,
     device: str = "cpu",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     norm_scaling_factor: float | None = None,
     hook: str | Sequence[str] | None = None,
     hook_out: str | Sequence[str] | None = None,
@@ -80,7 +81,7 @@ def load_sae(
     """
     check_device(device)
     kind = dtype_named(dtype)
-    dtype = None if kind is None else str(kind).removeprefix("torch.")
+    named = None if kind is None else str(kind).removeprefix("torch.")
     if norm_scaling_factor is not None:
         _check_scale(norm_scaling_factor)
     if not isinstance(source, (str, Path)):
@@ -97,10 +98,10 @@ def load_sae(
     if found is None and Path(source).exists():
         if not (Path(source) / SAE_CFG_FILENAME).is_file() and (names := _inside(Path(source))):
             raise FeatpatchError(_several(str(source), names))
-        found = _from_folder(folder_with(source, SAE_CFG_FILENAME, "SAE"), device, dtype, norm_scaling_factor)
+        found = _from_folder(folder_with(source, SAE_CFG_FILENAME, "SAE"), device, named, norm_scaling_factor)
     elif found is None:
         check_there("SAE", source)
-        found = _from_hub(str(source), device, dtype, norm_scaling_factor, hooks)
+        found = _from_hub(str(source), device, named, norm_scaling_factor, hooks)
     if isinstance(found, Cross):
         _check_unscaled(repr(found), norm_scaling_factor)
         return found.to(kind, device)
@@ -111,7 +112,7 @@ def load_sae(
         )
     if isinstance(found, Weights):
         _check_unscaled(found.origin, norm_scaling_factor)
-        return placed(found.to(dtype, device).at(hook, hook_out))
+        return placed(found.to(kind, device).at(hook, hook_out))
     metadata = found.cfg.metadata
     metadata.hook_name = metadata.hook_name if hook is None else hook
     if hook_out is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from featpatch.errors import FeatpatchError
-from featpatch.model.facts import TYPES, check_finite, dtype_named
+from featpatch.model.facts import TYPES, check_finite
 
 LAYER_OF_CLT = (
     "a single layer of a cross-layer transcoder (CLT), whose features write to several layers: expected the whole of it; load "
@@ -113,9 +113,9 @@ class Weights:
             )
         return replace(self, reads=reads, writes=writes or reads)
 
-    def to(self, dtype: str | None, device: str) -> "Weights":
-        """Return the same weights on another device and in another dtype, see `dtype_named`; None keeps their own dtype."""
-        own = dtype_named(dtype) or self.tensors["W_enc"].dtype
+    def to(self, dtype: torch.dtype | None, device: str) -> "Weights":
+        """Return the same weights on another device and in another dtype; None keeps their own dtype."""
+        own = dtype or self.tensors["W_enc"].dtype
         return replace(self, tensors={name: each.to(device=device, dtype=own) for name, each in self.tensors.items()})
 
 

@@ -12,7 +12,7 @@ from featpatch.pairs.pair import Pair
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import AnswerTokens, Tokenizer, plain_tokenizer, prompt_ids, special_positions
 
-SLOT = re.compile(r"\{(\w+)\}")
+SLOT = re.compile(r"\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def check_templates(templates: Any, slots: Sequence[str], labels: Sequence[str])
     if isinstance(templates, str) or not isinstance(templates, Sequence) or not templates:
         raise FeatpatchError(f"templates={templates!r:.60}: expected a list of at least one text")
     for template in templates:
-        found = re.findall(r"\{([^{}]*)\}", template) if isinstance(template, str) else []
+        found = SLOT.findall(template) if isinstance(template, str) else []
         wrong = [f"has {{{name}}} {found.count(name)} times" for name in labels if found.count(name) != 1]
         wrong += [f"has {{{name}}}" for name in found if name not in slots]
         if wrong:

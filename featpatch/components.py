@@ -6,7 +6,7 @@ from typing import Any
 
 from featpatch.errors import FeatpatchError, check_choices, check_numbers, closest, is_integer
 from featpatch.nodes import Node, Position
-from featpatch.sites import COMPONENTS, component, is_component
+from featpatch.sites import BRIDGE, COMPONENTS, component, is_component
 
 OF_HEADS = ("z", "result", "q", "k", "v", "pattern")
 """The components that are values of single heads."""
@@ -52,8 +52,8 @@ def check_entry(node: Node) -> None:
         )
 
 
-SHORT = {short: name for name, hook in reversed(COMPONENTS.items()) for short in (hook, hook.rpartition(".")[2])}
-"""The components by the names of their hook points in a layer, e.g. `"attn.hook_z"` or `"hook_z"`."""
+SHORT = {short: name for name, hook in reversed(COMPONENTS.items()) for short in (hook, hook.rpartition(".")[2])} | BRIDGE
+"""The components by the names of their hook points in a layer, e.g. `"attn.hook_z"` or `"hook_z"`, also those of a bridge."""
 
 
 def check_components(names: Any, positions: Any) -> list[str]:

@@ -21,7 +21,8 @@ class Frame(pd.DataFrame):  # type: ignore[misc]  # pandas has no types here
         return Frame
 
     def __repr__(self) -> str:
-        return text(self)
+        shown = text(self)
+        return f"{shown}; to_string() shows them" if shown.endswith(" more rows") else shown
 
 
 def text(frame: pd.DataFrame) -> str:
@@ -30,7 +31,7 @@ def text(frame: pd.DataFrame) -> str:
     `x`, `x_low` and `x_high` become one column; a cell is empty if its value is unknown or does not apply to the row.
     """
     if not len(frame):
-        return f"no rows; columns {', '.join(map(str, frame.columns))}"
+        return "no rows" + f"; columns {', '.join(map(str, frame.columns))}" * bool(len(frame.columns))
     if not frame.columns.is_unique:
         return visible(frame.head(ROWS).to_string(line_width=WIDTH))
     shown, names = frame.head(ROWS), [str(name) for name in frame.columns]

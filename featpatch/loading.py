@@ -132,7 +132,8 @@ def load(
             stacklevel=2,
         )
     elif not fit.ok:
-        warnings.warn(repr(fit), FeatpatchWarning, stacklevel=2)
+        here = "checked on built-in English sentences, which may not resemble the training data: pass pairs=... for yours\n"
+        warnings.warn(here * (pairs is None) + repr(fit), FeatpatchWarning, stacklevel=2)
     return Loaded(made, found, fit)
 
 

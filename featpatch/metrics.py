@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, closest
 from featpatch.metric_functions import FORMS, Logits, Metric, Values, called, name_of, reads_one_prompt
 
 FromClean = Callable[[Logits, Float[torch.Tensor, "1 d_vocab"]], Values]
@@ -264,7 +264,9 @@ def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = 
     if measure is None or measure.name in refused:
         what = "unknown" if measure is None else f"not supported {use}"
         accepted = ", ".join(name for name in every if name not in refused)
-        raise FeatpatchError(f"metric {metric!r} is {what}: expected one of {accepted}, or a function {FORMS}")
+        raise FeatpatchError(
+            f"metric {metric!r} is {what}: expected one of {accepted}, or a function {FORMS}{closest(metric, list(every))}"
+        )
     return measure
 
 

@@ -1,8 +1,8 @@
 """A check, on the user's prompts, whether a dictionary belongs to its hook point of this model.
 
 A dictionary that does not belong there explains too little of the variance. To find the reason, it is then tried on centred
-activations and, unless it has several hook points, at others of its own layer and the two adjacent ones. All other layers are
-tried too if its configuration claims an explained variance, if it explains little, or if it explains more at one of those.
+activations and in the two adjacent layers or, if it has one hook point, at others of the three layers. All layers are tried if
+its configuration claims an explained variance, if it explains little, or if it explains more at one of those.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -263,7 +263,7 @@ def _near(lens: Lens, dictionary: Dictionary) -> list[Dictionary]:
     return [
         place
         for place in dictionary.elsewhere(lens)
-        if abs(sites.layer_of(place.reads) - layer) <= 1 or sites.within(place.reads) == name
+        if abs(sites.layer_of(place.inputs[0]) - layer) <= 1 or sites.within(place.inputs[0]) == name
     ]
 
 
@@ -358,7 +358,7 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, near: Runs, pairs: P
         )
     if here < (MISFIT if said.known or not dictionary.single else 0) or (expected is not None and here < expected - MISFIT):
         other = _other_weights(dictionary, done)
-        return ("no other hook point fits: " if dictionary.single else "") + (
+        return ("no other hook point fits: " if _near(lens, dictionary) else "") + (
             f"{other}; load the model with processing={sorted(said.processing)}"
             if other
             else "it was probably undertrained, or trained on another model of this width or on activations of another scale; "

@@ -114,6 +114,9 @@ COMPONENTS = {
 }
 """Whole activations and parts of activations, by the names that TransformerLens' patching functions use."""
 
+BRIDGE = {"hook_in": "resid_pre", "hook_out": "resid_post"}
+"""The residual stream by the names of TransformerBridge's own hook points in a layer."""
+
 DEFAULT_COMPONENTS = ("resid_pre", "attn_out", "mlp_out", "z")
 """The components that are used by default."""
 

@@ -126,10 +126,10 @@ def _check_repeatable(effects: Effects) -> None:
     check_kinds(Effects, effects=effects)
     about = effects.metadata
     whole = {"model", "pairs", "positions", "versions"} <= set(about) and {"saes", "components"} & set(about)
-    if effects.value != "exact" or not whole or {"noise", "ablation", "of_pairs"} & set(about):
+    if effects.value != "exact" or not whole or {"noise", "ablation", "of_pairs"} & set(about) or not effects.finished:
         raise FeatpatchError(
-            "the table does not hold patching effects: expected exact effects from rank_features, rank_components, rank_nodes "
-            "or rank_paths"
+            "the table holds estimates, ablations, noise or, as after Ctrl-C, only some of its pairs: expected exact effects "
+            "from rank_features, rank_components, rank_nodes or rank_paths, of all pairs"
         )
     if not len(effects):
         raise FeatpatchError("the table has no rows: expected at least one, to measure it again")

@@ -194,7 +194,7 @@ def _head_effects(effects: Effects | None, layer: int, head: int) -> list[str]:
 
 
 def _prompts(lens: Lens, prompt: str | Pair) -> tuple[list[tuple[int, ...]], frozenset[int]]:
-    """Return the token ids of a text, or of the prompts of a pair, and the positions of special tokens of the first.
+    """Return the token ids of a prompt, or of the prompts of a pair, and the positions of special tokens of the first.
 
     Raises:
         FeatpatchError: the model has no tokenizer or does not know a token; the prompt is something else, empty, or too long.
@@ -203,8 +203,6 @@ def _prompts(lens: Lens, prompt: str | Pair) -> tuple[list[tuple[int, ...]], fro
     if isinstance(prompt, Pair):
         check_tokens(Pairs((prompt,)), lens)
         return [prompt.clean, *([prompt.corrupted] if prompt.has_counterfactual else [])], prompt.special
-    if not isinstance(prompt, str) or not prompt:
-        raise FeatpatchError(f"prompt={prompt!r:.60}: expected a text or a Pair, such as pairs[0]")
     ids, special = prompt_of(lens, prompt)
     return [ids], special
 

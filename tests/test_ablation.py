@@ -12,6 +12,7 @@ import torch
 from small import Small
 
 import featpatch as fp
+from featpatch.errors import FeatpatchWarning
 from featpatch.model.lens import Lens
 from featpatch.patching.ablation_values import ABLATION_VALUES
 
@@ -317,7 +318,8 @@ def test_interrupted_draws_leave_those_that_are_finished(small: Small, later: in
 
     one = draws(1)
     calls["last"] = calls["made"] + later
-    rest = draws(3)
+    with pytest.warns(FeatpatchWarning, match="over 3 of 3 pairs and 1 of 3 draws; pass journal="):
+        rest = draws(3)
     assert (one.finished, rest.finished, rest.for_metric("logit").finished) == (True, False, False)
     np.testing.assert_array_equal(rest.denoised, one.denoised)
     assert "draws" not in rest.metadata["noise"]

@@ -1,6 +1,8 @@
 """Good and bad contrasts, each found for what it is."""
 
 import json
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,21 @@ def test_examples(demo: Demo, name: str) -> None:
     assert {rule: status for rule, status in found.items() if status != "pass" and rule in expected} == expected
     if name == "good":
         assert set(found.values()) == {"pass"}
+
+
+def test_a_beginning_that_is_also_the_unknown_token(demo: Demo) -> None:
+    """Is no unknown word, but a second one is; answers that the model does not have are named."""
+    tokenizer = deepcopy(demo.model.tokenizer)
+    tokenizer.unk_token = tokenizer.bos_token
+    pair = pairs_of(demo, GOOD)[0]
+    assert statuses(check((pair,), demo.model, tokenizer=tokenizer))["kind"] == "pass"
+    twice = replace(pair, clean=(*pair.clean[:3], 1, *pair.clean[4:]), corrupted=(*pair.corrupted[:3], 1, *pair.corrupted[4:]))
+    (kind,) = (f for f in check((twice,), demo.model, tokenizer=tokenizer).findings if f.rule == "kind")
+    assert (kind.status, kind.detail) == ("warn", "2 tokens unknown to the tokenizer")
+    with pytest.raises(fp.FeatpatchError, match=r"pair 0 has answer ids \[424\]: expected 0 to 423, ids of the model"):
+        check((replace(pair, wrong=(424,)),), demo.model)
+    with pytest.raises(fp.FeatpatchError, match="correct holds -1: expected token ids, integers from 0 on"):
+        replace(pair, correct=(-1,))
 
 
 class Pieces:
@@ -295,9 +312,9 @@ def test_on_the_command_line(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines[:count])))
         done = run("check", "--pairs", f"{name}.jsonl", "--model", model, "--out", f"{name}.csv", folder=tmp_path)
         assert done.returncode == code, done.stderr
-        looked = "no pair to look at" if count == 1 else "1 pair to look at\npair 1, fail: "
+        looked = "every pair passes" if count == 1 else "1 pair to look at\npair 1, fail: "
         assert done.stdout.startswith(f"{looked}")
-        assert f"at\nchecklist of {count} pair" in done.stdout or count > 1
+        assert f"passes\nchecklist of {count} pair" in done.stdout or count > 1
         assert f"checklist of {count} pair{'s' * (count > 1)}:" in done.stdout
         assert (tmp_path / f"{name}.csv").read_text().count("\n") == 9 * count + 1
 
@@ -308,10 +325,14 @@ def test_unknown_verdicts(demo: Demo) -> None:
         without(pairs, Checklist((), (1.0,), (0.0,)), "bad")
 
 
-def test_a_label_before_the_first_difference_is_said_to_have_no_rows(demo: Demo) -> None:
-    """As where the BOS token was not counted."""
+def test_a_position_before_the_first_difference_is_said_to_have_no_rows(demo: Demo) -> None:
+    """As where the BOS token was not counted; an index too, if nothing else was asked for."""
     pairs = pairs_of(demo, GOOD, labels=[{"who": 9, "end": 14}])
     sae = next(sae for sae in demo.saes if sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post")
     with pytest.warns(UserWarning, match="label 'who' has no rows.*at position 9 and the prompts differ from position 10 on"):
         effects = fp.rank_features(demo.model, sae, pairs, positions=["who", "end"], progress=False)
     assert {node.position for node in effects.nodes} == {"end"}
+    with pytest.warns(UserWarning, match="token index 9 has no rows.*at position 9 and the prompts differ from position 10 on"):
+        assert not len(fp.rank_features(demo.model, sae, pairs, positions=[9], progress=False))
+    assert {node.position for node in fp.rank_features(demo.model, sae, pairs, positions=[9, -1], progress=False).nodes} == {-1}
+    assert len(fp.rank_features(demo.model, sae, pairs, positions="each", progress=False))

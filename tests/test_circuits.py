@@ -188,6 +188,8 @@ def test_what_is_said_of_a_circuit(monkeypatch: pytest.MonkeyPatch) -> None:
         "circuit of 3 of 5 nodes (threshold, scores='exact'), complement ablated to corrupted values: faithfulness 1.00"
         in repr(circuit)
     )
+    everything = replace(circuit, items=circuit.graph.items)
+    assert "circuit of 5 of 5 nodes (threshold, scores='exact'), everything else at these hook points abl" in repr(everything)
     with monkeypatch.context() as patched:
         patched.setattr(fp.Circuit, "faithfulness", property(lambda circuit: -0.001))
         patched.setattr(fp.Circuit, "faithfulness_interval", (-0.002, 0.001))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import featpatch as fp
 from featpatch.cli.app import app, in_options
 from featpatch.cli.study import read
+from featpatch.patching.study import Study
 
 SITE = "blocks.3.hook_resid_post"
 METADATA = {"metric": "logit_diff", "directions": ["denoising", "noising"]}
@@ -228,7 +230,7 @@ def test_components_features_and_estimates(folder: Path, model: list[str], sae: 
     assert both.returncode == 0, both.stderr
     assert "feature" in both.stdout
     parts = fp.Effects.load(folder / "featpatch-components" / "effects.safetensors")
-    for key, said in (("pairs", "measured on different pairs: expected the same --pairs"), ("model", "on different models")):
+    for key, said in (("pairs", "expected the same pairs, since their effects"), ("model", "on models with different weights")):
         replace(
             parts, metadata={**parts.metadata, key: "0" * 64 if key == "pairs" else {"name": "m", "sha256": "0" * 64}}
         ).save(folder / "other.safetensors")
@@ -361,28 +363,32 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
+@pytest.mark.filterwarnings("default::featpatch.errors.FeatpatchWarning")
 def test_an_interrupted_command_replaces_nothing_and_exits_with_130(
     folder: Path, model: list[str], sae: list[str], finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is finished of it is in a folder of its own; with nothing finished, there is none."""
-    before, ranking = bytes_of(finished), fp.rank_features
+    before, swept = bytes_of(finished), Study._swept
     again = ("rank", *model, *sae, "--out", "finished", "--direction", "denoising")
 
     def cut_short(*args: Any, **options: Any) -> fp.Effects:
-        effects = ranking(*args, **options).of_pairs([0])
+        effects = swept(*args, **options).of_pairs([0])
         return replace(effects, metadata={**effects.metadata, "finished": False})
 
     def stopped(*args: Any, **options: Any) -> fp.Effects:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fp, "rank_features", stopped)
+    monkeypatch.setattr(Study, "_swept", stopped)
     done = run(*again, folder=folder)
     assert (done.returncode, "interrupted" in done.stderr) == (130, True)
     assert sorted(path.name for path in finished.iterdir()) == sorted(before)
-    monkeypatch.setattr(fp, "rank_features", cut_short)
+    monkeypatch.setattr(Study, "_swept", cut_short)
     done = run(*again, folder=folder)
     assert done.returncode == 130
-    assert "interrupted: the results below cover only the finished pairs (1)" in done.stdout
+    assert re.search(
+        r"^warning: interrupted: the table holds \d+ rows over 1 of 3 pairs; pass --journal FILE to keep what is measured",
+        " ".join(done.stderr.split()),
+    )
     assert "to finished/unfinished/" in done.stdout
     assert bytes_of(finished) == before
     assert len(fp.Effects.load(finished / "unfinished" / "effects.safetensors").clean) == 1
@@ -533,8 +539,8 @@ def test_a_study_in_a_file_is_the_command(folder: Path, model: list[str], sae: l
     for found in (from_file, from_line):
         del found["metadata"]["finished_at"]
     assert from_file == from_line
-    study.write_text("command = 'info'\narguments = ['pairs.jsonl']\nmodel = 'm'\nas_it_is = false\n")
-    assert read(study) == ["info", "pairs.jsonl", "--model", "m"]
+    study.write_text("command = 'info'\narguments = ['pairs.jsonl']\ntop = 3\njson = false\n")
+    assert read(study) == ["info", "pairs.jsonl", "--top", "3"]
 
 
 @pytest.mark.parametrize(
@@ -545,6 +551,8 @@ def test_a_study_in_a_file_is_the_command(folder: Path, model: list[str], sae: l
         ("model = 'x'", "command=None"),
         ("command = 'rank'\nmodel = {a = 1}", "model={'a': 1} in 'study.toml': expected the value of an option"),
         ("command = 'rank' =", "can't be read"),
+        ("command = 'rank'\nmetrc = 'prob'", "did you mean 'metric'?"),
+        ("command = 'rank'\npretty = 1", "pretty in 'study.toml': expected an option of rank, one of arguments, model, sae"),
         (None, "the study 'study.toml' does not exist: expected a TOML file"),
     ],
 )
@@ -555,6 +563,10 @@ def test_studies_that_cannot_be_run(tmp_path: Path, text: str | None, message: s
     with pytest.raises(fp.FeatpatchError) as error:
         read(Path("study.toml"))
     assert message in str(error.value)
+
+
+def test_the_version(tmp_path: Path) -> None:
+    assert run("--version", folder=tmp_path).stdout == f"featpatch {version('featpatch')}\n"
 
 
 def test_exit_codes_of_a_study(tmp_path: Path) -> None:
@@ -599,8 +611,8 @@ def test_steered_texts_stand_side_by_side(tmp_path: Path) -> None:
     assert run("steer", *options, *unit, folder=tmp_path).returncode == 0
     for wrong, said in (
         (["--reference", "texts.txt"], "expected no reference"),
-        (["--unit", "max", "--reference", "nothing.txt"], "--reference 'nothing.txt' does not exist"),
-        (["--unit", "max", "--reference", "."], "can't be read (Is a directory)"),
+        (["--unit", "max", "--reference", "nothing.txt"], "there is no file 'nothing.txt': expected a text file"),
+        (["--unit", "max", "--reference", "."], "there is no file '.': expected a text file"),
         (["--dose", "nan"], "--dose nan: expected a finite number"),
         (["--feature", "99999"], "--feature 99999: expected a feature of 0 to 1023"),
     ):

@@ -56,17 +56,6 @@ def test_a_common_factor_is_found(small: Small, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(dictionary.directions(features), 2.5 * small.saes[0].W_dec[features].detach())
 
 
-def test_estimates_of_edges_need_an_encoder_with_a_gradient(small: Small) -> None:
-    """An object of the user's is run without one."""
-    site = "blocks.1.hook_resid_pre"
-    own = fp.dictionaries.identity(small.model, site)
-    pairs = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
-    node = fp.Node(site, "feature", 2, "all", dictionaries(wrap(small.model), own)[0].name)
-    options: dict[str, Any] = {"saes": own, "nodes": [node], "over": "edges", "progress": False}
-    with pytest.raises(fp.FeatpatchError, match="scores='exact'"):
-        fp.find_circuit(small.model, pairs, scores="estimate", **options)
-
-
 def test_large_dictionaries_are_found_linear() -> None:
     """In float32 the rounding of a sum over all features would look like a bend."""
     torch.manual_seed(0)

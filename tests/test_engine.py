@@ -27,6 +27,7 @@ from featpatch.engine.journal import Journal
 from featpatch.engine.patches import Deltas
 from featpatch.engine.suffix import SuffixPath
 from featpatch.engine.sweep import Sweep, batches, units_of
+from featpatch.errors import FeatpatchWarning
 from featpatch.model.facts import digest
 from featpatch.model.transformer_lens import wrap
 from featpatch.patching.controls import RandomPart
@@ -229,7 +230,10 @@ def test_ctrl_c_returns_rows_that_are_finished(small: Small, monkeypatch: pytest
     whole = rank(small, batch_rows=500)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
-        part = rank(small, batch_rows=500)
+        with pytest.warns(FeatpatchWarning, match="rows over 3 of 3 pairs; pass journal='work.journal' to keep"):
+            part = rank(small, batch_rows=500)
+    assert ", interrupted before the others were finished, " in repr(part)
+    assert "interrupted" not in repr(whole)
     assert whole.finished
     assert not part.finished
     assert 0 < len(part) < len(whole)
@@ -245,7 +249,8 @@ def test_ctrl_c_keeps_pairs_that_are_done(small: Small, monkeypatch: pytest.Monk
     whole = rank(small, batch_rows=10_000)
     monkeypatch.setattr("featpatch.patching.runs.TOKENS_AT_ONCE", 7)
     interrupt_after(monkeypatch, 3)
-    part = rank(small, batch_rows=10_000)
+    with pytest.warns(FeatpatchWarning, match="rows over 1 of 3 pairs"):
+        part = rank(small, batch_rows=10_000)
     assert not part.finished
     assert len(part.clean) == 1
     first = whole.of_pairs([0])
@@ -259,7 +264,8 @@ def test_ctrl_c_within_the_first_pairs_leaves_the_others_out(small: Small, monke
     whole = rank(small, batch_rows=20)
     monkeypatch.setattr("featpatch.patching.runs.TOKENS_AT_ONCE", 7)
     interrupt_after(monkeypatch, 18)
-    part = rank(small, batch_rows=20)
+    with pytest.warns(FeatpatchWarning, match="rows over 1 of 3 pairs"):
+        part = rank(small, batch_rows=20)
     assert not part.finished
     assert len(part.clean) == 1
     expected = dict(zip(whole.of_pairs([0]).nodes, whole.of_pairs([0]).denoised, strict=True))
@@ -273,7 +279,8 @@ def test_a_run_goes_on_from_its_journal(small: Small, monkeypatch: pytest.Monkey
     whole = rank(small, batch_rows=20)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
-        assert not rank(small, batch_rows=20, journal=tmp_path / "journal").finished
+        with pytest.warns(FeatpatchWarning, match="journal' has what is measured: the same call with it resumes from there"):
+            assert not rank(small, batch_rows=20, journal=tmp_path / "journal").finished
     logits, calls = SuffixPath.logits, [0]
 
     def counted(path: SuffixPath, units: Any, columns: Any) -> Any:

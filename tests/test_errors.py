@@ -51,7 +51,7 @@ PROMPT = {"clean": ["a bb ccc"], "corrupted": ["a b ccc"], "correct": ["dddd"], 
         ({"correct": ["eeeee"]}, r"correct=\(5,\), wrong=\(5,\): expected no answer to be both"),
         ({"wrong": "eeeee"}, r"wrong='eeeee' with a list of clean prompts: expected a list .*; write wrong=\['eeeee', ...\]"),
         ({"correct": [[]]}, r"correct=\(\), wrong=\(5,\): expected at least one correct answer"),
-        ({"labels": [{"S2": 3}]}, r"label 'S2' is at position 3: expected 0 to 2"),
+        ({"labels": [{"S2": 3}]}, r"label 'S2': position 3 is outside a prompt of .* tokens: expected 0 to 2"),
     ],
 )
 def test_prompts(changed: dict[str, Any], message: str) -> None:
@@ -109,7 +109,7 @@ def test_pairs_files(tmp_path: Any, content: str, message: str) -> None:
 
 
 def test_a_missing_pairs_file() -> None:
-    with pytest.raises(fp.FeatpatchError, match="there is no pairs file 'nowhere.jsonl': expected a JSON-lines file"):
+    with pytest.raises(fp.FeatpatchError, match="there is no file 'nowhere.jsonl': expected a JSON-lines file"):
         fp.Pairs.from_jsonl(words, "nowhere.jsonl")
 
 
@@ -355,7 +355,8 @@ def test_an_unknown_name() -> None:
     ("changed", "message"),
     [
         ({"clean": torch.full((3, 7), 40)}, r"pair 0 has token ids from \d+ to 40: expected 0 to 39"),
-        ({"correct": torch.tensor([-1, 2, 3])}, r"pair 0: answers \[-1, 4\] are outside the model's vocabulary of 40"),
+        ({"correct": torch.tensor([-1, 2, 3])}, "pair 0: correct holds -1: expected token ids, integers from 0 on"),
+        ({"correct": torch.tensor([40, 2, 3])}, r"pair 0: answers \[40, 4\] are outside the model's vocabulary of 40"),
         (
             {"clean": torch.ones(3, 17).long(), "corrupted": torch.full((3, 17), 2)},
             r"pair 0 has 17 tokens: expected at most 16",

@@ -19,6 +19,7 @@ import featpatch as fp
 from featpatch.engine.executor import Executor
 from featpatch.engine.ray import EXECUTORS
 from featpatch.engine.sweep import Sweep
+from featpatch.errors import FeatpatchWarning
 
 ray = pytest.importorskip("ray")
 HERE = os.getpid()
@@ -335,7 +336,8 @@ def test_ctrl_c_returns_what_is_finished(tmp_path: Path) -> None:
     options: dict[str, Any] = {"journal": tmp_path / "journal", **ROWS}
     whole = fp.rank_features(small.model, small.saes[1], pairs, **ROWS)
     one = fp.rank_features(small.model, small.saes[1], fp.Pairs(pairs.pairs[:1]), **ROWS)
-    part = fp.rank_features(small.model, small.saes[1], pairs, executor=Interrupted(8), **options)
+    with pytest.warns(FeatpatchWarning, match="over 1 of 2 pairs"):
+        part = fp.rank_features(small.model, small.saes[1], pairs, executor=Interrupted(8), **options)
     assert not part.finished
     assert len(part.clean) == 1
     np.testing.assert_allclose(part.denoised, one.denoised)

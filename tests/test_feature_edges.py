@@ -228,6 +228,27 @@ def test_hook_points_that_are_no_place_of_mediators(reads: str, writes: str) -> 
         fp.find_circuit(small.model, pairs_of(small), saes=sae, nodes=[node], **OPTIONS)
 
 
+@pytest.mark.parametrize("scores", ["estimate", "eap_ig_inputs"])
+def test_a_dictionary_of_your_own_has_the_estimates_of_the_sae_that_it_wraps(scores: Any) -> None:
+    """torch differentiates it too; where it can't, an error says so."""
+    small, site = small_hooked(), "blocks.1.hook_resid_pre"
+    sae = small.at(site)
+    own = SimpleNamespace(encode=sae.encode, decode=sae.decode)
+    nodes = [feature(site, n) for n in (3, 5, 8)]
+    both = [
+        fp.find_circuit(small.model, pairs_of(small), saes=each, nodes=nodes, scores=scores, **OPTIONS)
+        for each in (sae, fp.dictionaries.adapt(own, site, d_in=16, linear=True))
+    ]
+    np.testing.assert_allclose(both[1].scores, both[0].scores, atol=1e-10)
+    assert np.abs(both[0].scores).max() > 1e-3
+    cut_off = SimpleNamespace(encode=lambda x: sae.encode(x).detach(), decode=sae.decode)
+    with pytest.raises(fp.FeatpatchError, match="has an encoder without a gradient: expected"):
+        fp.find_circuit(
+            small.model, pairs_of(small), saes=fp.dictionaries.adapt(cut_off, site, d_in=16, linear=True), nodes=nodes,
+            scores=scores, **OPTIONS,
+        )  # fmt: skip
+
+
 def test_bad_cuts() -> None:
     small = small_hooked()
     site = "blocks.1.hook_resid_pre"

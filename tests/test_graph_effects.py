@@ -13,6 +13,7 @@ from architectures import BRIDGES, HOOKED, LAYERS
 from test_graphs import cross_layer, prompt, reads, transcoders
 
 import featpatch as fp
+from featpatch.errors import FeatpatchWarning
 from featpatch.patching.study import Study
 
 EXACT = 1e-9
@@ -152,9 +153,9 @@ def test_an_interrupted_call_resumes(half: str, monkeypatch: pytest.MonkeyPatch,
         return replace(found.of_pairs([0]), metadata={**found.metadata, "finished": not mine})
 
     monkeypatch.setattr(Study, "_swept", stops)
-    with pytest.raises(KeyboardInterrupt, match="pass journal='work.journal'"):
+    with pytest.warns(FeatpatchWarning, match="over 1 of 1 pair"), pytest.raises(KeyboardInterrupt, match="work.journal"):
         call()
-    with pytest.raises(KeyboardInterrupt, match="resumes from there"):
+    with pytest.warns(FeatpatchWarning), pytest.raises(KeyboardInterrupt, match="resumes from there"):
         call(journal=tmp_path / "journal")
     monkeypatch.setattr(Study, "_swept", swept)
     again = call(journal=tmp_path / "journal")

@@ -446,7 +446,7 @@ def test_what_is_refused(demo: Any) -> None:
         ),
         (lambda: fp.attribution_graph(model, [*given, given[1]], text), "both write to the MLP of layer 1: expected one"),
         (lambda: fp.attribution_graph(model, given, ""), "it is empty: expected a text"),
-        (lambda: fp.attribution_graph(model, given, []), "expected a text, a list of token ids, or a pair"),
+        (lambda: fp.attribution_graph(model, given, []), "expected a text, token ids of one prompt, or a pair"),
         (lambda: fp.attribution_graph(model, given, text, targets=[]), "expected a list of tokens"),
         (lambda: fp.attribution_graph(model, given, text, targets=[10**6]), "expected different tokens, or ids from 0 to"),
         (lambda: fp.attribution_graph(model, given, text, size=0), "size=0: expected"),

@@ -146,10 +146,10 @@ IMPORTERS = ["from_jsonl", "from_csv", "from_feature_circuits", "from_eap_ig", "
 @pytest.mark.parametrize("importer", IMPORTERS)
 def test_files_that_can_not_be_read(words: Any, tmp_path: Path, importer: str) -> None:
     read = getattr(fp.Pairs, importer)
-    with pytest.raises(fp.FeatpatchError, match=r"there is no pairs file 'nowhere': expected a "):
+    with pytest.raises(fp.FeatpatchError, match=r"there is no file 'nowhere': expected a "):
         read(words, "nowhere")
     (tmp_path / "p").write_bytes(b"clean,\xff\n")
-    with pytest.raises(fp.FeatpatchError, match=r"p' is not UTF-8 \(.*0xff.*\): expected UTF-8 text; save it"):
+    with pytest.raises(fp.FeatpatchError, match=r"p' is not UTF-8 \(.*0xff.*\): expected .*, in UTF-8; save it"):
         read(words, tmp_path / "p")
     (tmp_path / "p").write_text(" \n\n")
     with pytest.raises(fp.FeatpatchError, match=r"p' is empty: expected (one|a) "):
@@ -197,7 +197,7 @@ def test_places_are_token_positions(bytewise: Any, words: Any) -> None:
         ({"labels": {"S2": "Anna"}}, r"label 'S2': 'Anna' is not in 'When .*: expected text that occurs exactly once"),
         ({"labels": {"S2": 1.5}}, r"label 'S2': 1.5 is not a valid label: expected a token position, text"),
         ({"labels": {"S2": True}}, r"label 'S2': True is not a valid label"),
-        ({"labels": {"S2": 12}}, r"label 'S2' is at position 12: expected 0 to 11"),
+        ({"labels": {"S2": 12}}, r"label 'S2': position 12 is outside a prompt of .* tokens: expected 0 to 11"),
         ({"spans": {"S2": [4, 46]}}, r"label 'S2': the characters \[4, 46\] are outside 'When .*: expected 0 <= start < end <= 45"),
         ({"spans": {"S2": [4, 4]}}, r"label 'S2': the characters \[4, 4\] are outside .* or empty"),
         ({"spans": {"S2": [4, 5]}}, r"label 'S2': character 4 of 'When .* is in no token"),
@@ -276,7 +276,12 @@ def test_alignment_after_the_last_label(words: Any) -> None:
             r"the labels are \['S2'\] in the clean and \['at'\] in the corrupted prompt",
         ),
         ({"S2": range(7, 9)}, {"S2": 10}, {"align": "labels"}, r"label 'S2' is at \(7, 8\) .* and at 10 .*, 2 and 1 tokens: "),
-        ({"S2": 7}, {"S2": 15}, {"align": "labels"}, r"label 'S2' is at position 15: expected 0 to 14"),
+        (
+            {"S2": 7},
+            {"S2": 15},
+            {"align": "labels"},
+            r"label 'S2': position 15 is outside a prompt of .* tokens: expected 0 to 14",
+        ),
         ({}, {}, {"filler": "a"}, r"align=None, filler='a': expected align='labels' with a filler"),
         ({}, {}, {"align": "labels", "filler": "a book"}, r"filler='a book' can't be used: answer 'a book' is 2 tokens"),
         ({"S2": 7}, {}, {"align": "labels", "filler": "a"}, r"the labels are \['S2'\] in the clean and \[\] in the corrupted"),
@@ -378,7 +383,7 @@ def test_feature_circuits(kind: str, shift: int, tmp_path: Path, request: pytest
         ({**AGREEMENT, "pos": -1}, r"line 2: pos is -1: expected a token position"),
         ({**AGREEMENT, "pos": [3]}, r"line 2: pos is \[3\]: expected a token position of 0 or more, or \[first, last\]"),
         ({**AGREEMENT, "pos": [1, -2]}, r"line 2: pos is \[1, -2\]: expected a token position"),
-        ({**AGREEMENT, "pos": 11}, r"line 2: label 'pos' is at position 12: expected 0 to 11"),
+        ({**AGREEMENT, "pos": 11}, r"line 2: label 'pos': position 12 is outside a prompt of .* tokens: expected 0 to 11"),
         ({**AGREEMENT, "patch_answer": " give up"}, r"line 2: answer ' give up' is 2 tokens"),
     ],
 )
@@ -512,7 +517,10 @@ def test_auto_circuit(words: Any, tmp_path: Path) -> None:
             {"prompts": [PROMPT], "word_idxs": {"A": "x"}},
             r"word_idxs of .*p.json' is \{'A': 'x'\}: expected an object of token",
         ),
-        ({"prompts": [PROMPT], "word_idxs": {"A": 11}}, r"prompt 0: label 'A' is at position 12: expected 0 to 11"),
+        (
+            {"prompts": [PROMPT], "word_idxs": {"A": 11}},
+            r"prompt 0: label 'A': position 12 is outside a prompt of .* tokens: expected 0 to 11",
+        ),
     ],
 )
 def test_auto_circuit_that_is_refused(words: Any, tmp_path: Path, content: Any, message: str) -> None:
@@ -603,7 +611,7 @@ def test_pairs_that_texts_do_not_give_again_are_written_as_ids(words: Any, tmp_p
         ({"spans": {"S2": [0, 1]}}, "spans in .*: expected, alongside token ids, labels as an object of positions"),
         ({"labels": [3]}, "labels or tags in"),
         ({"labels": {"S2": "Mary"}}, "labels is .*Mary.* in a line with token ids: expected positions"),
-        ({"labels": {"S2": 9}}, "label 'S2' is at position 9: expected 0 to 1"),
+        ({"labels": {"S2": 9}}, "label 'S2': position 9 is outside a prompt of .* tokens: expected 0 to 1"),
         ({"answer_position": "end"}, "answer_position is 'end'"),
         ({"clean": []}, "the clean prompt has no tokens"),
     ],

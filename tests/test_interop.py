@@ -29,6 +29,7 @@ def pairs_of(small: Small) -> fp.Pairs:
         (Z, None, "z", [1]),
         ([Z, "blocks.2.attn.hook_z"], [2, 1], "z", [1, 2]),
         ("hook_pattern", [0], "pattern", [0]),
+        ("blocks.1.hook_out", None, "resid_post", [1]),
         ("mlp.hook_post", [0], "neurons", [0]),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from small import FEATURES, Small
 
 import featpatch as fp
+from featpatch.errors import FeatpatchWarning
 
 EXACT = 1e-10
 SITE = "blocks.1.hook_resid_pre"
@@ -48,7 +49,8 @@ def test_every_row_equals_one_hooked_forward_per_patch(small: Small, which: int,
 
 def test_a_label_or_index_that_holds_the_same_token_gives_no_rows(bridge: Small) -> None:
     """Positions before the first difference can't differ in a causal model: skipped, not run."""
-    assert len(fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge), positions=[0, 1, 2])) == 0
+    with pytest.warns(FeatpatchWarning, match="token index 0 has no rows, because it is before the first difference"):
+        assert len(fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge), positions=[0, 1, 2])) == 0
 
 
 @pytest.mark.both

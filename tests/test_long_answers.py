@@ -136,9 +136,7 @@ def test_texts_that_are_refused(words: Any, changed: dict[str, Any], message: st
 
 def test_without_long_answers_the_error_names_them(words: Any) -> None:
     columns = {key: [value] for key, value in ROW.items()}
-    message = (
-        r"answer 'red store' is 2 tokens .*: expected exactly one; .* or pass long_answers=True .*metric='sequence_log_prob'"
-    )
+    message = r"answer 'red store' is 2 tokens .*: expected exactly one; .* or pass long_answers=True .*metric='sequence_log_prob_diff'"
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.Pairs.from_prompts(words, **columns)
     with pytest.raises(fp.FeatpatchError, match="filler='a b' can't be used") as caught:

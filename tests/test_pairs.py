@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import featpatch as fp
 from featpatch.checkpoints import Demo
+from featpatch.pairs.labels import after_special
 from featpatch.pairs.tokens import PairsWarning, prompt_ids
 
 SITE = "blocks.1.hook_resid_pre"
@@ -501,6 +502,16 @@ def test_positions_of_numpy_and_lists() -> None:
     assert text.labels == {"x": 2, "y": 1}
 
 
+def test_labels_that_count_from_the_end(demo: Demo) -> None:
+    """They are stored from the start, also in files and spans; positions without BOS stay those from the end."""
+    texts: dict[str, Any] = {"clean": ["Mary gave a drink to"], "corrupted": ["John gave a drink to"], "correct": [" John"]}
+    (pair,) = fp.Pairs.from_prompts(demo.model, **texts, labels=[{"end": -1, "first": -6, "last two": range(-2, 0)}])
+    assert pair.labels == {"end": 5, "first": 0, "last two": (4, 5)}
+    assert after_special(demo.model, pair.clean, {"end": -1, "Mary": 0}) == {"end": -1, "Mary": 1}
+    with pytest.raises(fp.FeatpatchError, match="label 'x': position -7 is outside a prompt of 6 tokens"):
+        fp.Pairs.from_prompts(demo.model, **texts, labels=[{"x": -7}])
+
+
 @pytest.mark.parametrize(
     ("label", "message"),
     [
@@ -515,8 +526,8 @@ def test_positions_of_numpy_and_lists() -> None:
         ({"span": "to", "at": 3}, "label 'x': {'span': 'to', 'at': 3} is not a valid label"),
         ([3, 4, 5], r"label 'x': \[3, 4, 5\] is not a valid label: .*, or a range of token positions"),
         (range(0), r"label 'x' is at \(\): expected an integer position or a tuple"),
-        (range(3, 99), "label 'x' is at position"),
-        (range(5, 1, -1), "label 'x' is at position"),
+        (range(3, 99), "label 'x': position 6 is outside a prompt of 6 tokens: expected 0 to 5, or -1 to -6 from the end"),
+        (range(5, 1, -1), "label 'x' is at positions .*: expected consecutive positions"),
         (range(1, 5, 2), "label 'x' is at positions .*: expected consecutive positions"),
     ],
 )

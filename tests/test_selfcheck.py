@@ -230,7 +230,26 @@ def test_dictionaries_that_explain_nothing_do_not_fit(bridge: Small) -> None:
         assert check.fits[0].explained_variance < 0
         assert not check.ok
         assert check.fits[0].status == "does not fit"
-    assert "no other hook point" not in fp.check(bridge.model, crosscoder, prompts()).fits[0].misfit
+        assert check.fits[0].misfit.startswith("no other hook point fits")
+
+
+@pytest.mark.both
+@torch.no_grad()
+def test_a_crosscoder_that_is_moved_to_other_layers(small: Small) -> None:
+    """The principal components of two hook points fit there, and one layer higher the right ones are named."""
+    trained, moved = ([f"blocks.{layer}.hook_resid_pre" for layer in layers] for layers in ((0, 1), (1, 2)))
+    runs = [oracle.activations(small.model, torch.tensor([t])) for p in prompts() for t in (p.clean, p.corrupted)]
+    x = torch.cat([torch.cat([run[hook][0] for hook in trained], -1) for run in runs])
+    v = torch.linalg.svd(x, full_matrices=False).Vh[: WIDTH + 2]
+    weights = torch.stack([torch.cat([v, -v])[:, part] for part in (slice(WIDTH), slice(WIDTH, None))], 1)  # [feature, hook, d]
+    given = weights.permute(1, 2, 0), weights.transpose(0, 1), torch.zeros(len(weights)).to(x), torch.zeros(2, WIDTH).to(x)
+    right, wrong = (fp.check(small.model, fp.dictionaries.Crosscoder(*given, hook=at), prompts()) for at in (trained, moved))
+    squares = float((x - x @ v.T @ v).square().sum() / (x - x.mean(0)).square().sum())
+    assert right.ok
+    assert right.fits[0].explained_variance == pytest.approx(1 - squares, abs=0.1)  # the check leaves out special tokens
+    assert right.fits[0].explained_variance > wrong.fits[0].explained_variance
+    assert wrong.fits[0].misfit.endswith("or use this SAE where it fits")
+    assert ", ".join(map(repr, trained)) in wrong.fits[0].misfit
 
 
 class Doubled:

@@ -266,6 +266,7 @@ def test_sets_that_change_nothing_are_not_run() -> None:
     assert sets._deltas(changes, torch.tensor([4, 6])).first.tolist() == [NEVER, 6, NEVER]
 
 
+@pytest.mark.filterwarnings("ignore:token index 1 has no rows")
 def test_errors(small: Small) -> None:
     sae, pairs, model = small.at(SITE), pairs_of(small), small.model
     two = [sae, standard("blocks.0.hook_resid_pre", 1)]

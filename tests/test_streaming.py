@@ -173,11 +173,7 @@ def test_blocks_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(fp.FeatpatchError, match="line 6"):
         next(reading)
     (tmp_path / "empty.jsonl").write_text("\n")
-    for path, size, message in (
-        ("empty.jsonl", 2, "is empty"),
-        ("none.jsonl", 2, "no pairs file"),
-        ("pairs.jsonl", 0, "size=0"),
-    ):
+    for path, size, message in (("empty.jsonl", 2, "is empty"), ("none.jsonl", 2, "no file"), ("pairs.jsonl", 0, "size=0")):
         with pytest.raises(fp.FeatpatchError, match=message):
             next(fp.Pairs.blocks_from_jsonl(tokenizer, tmp_path / path, size=size))
 

@@ -3,6 +3,7 @@
 from math import ceil
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -97,12 +98,31 @@ def test_a_table_shows_all_of_its_columns_and_loses_none(results: dict[str, Any]
     wide = Frame({f"column_{n}": range(30) for n in range(40)})
     printed = repr(wide)
     assert all(f"column_{n}" in printed for n in range(40))
-    assert "more rows" in printed
+    assert printed.endswith("more rows; to_string() shows them")
     assert len(printed.splitlines()) <= LINES
     assert repr(Frame({"x": [0.5, None], "x_low": [0.25, None], "x_high": [1.0, None]})).split() == ["x", "0.5", "[0.25,", "1]"]
     assert repr(pd.concat([table, table], axis=1)).count("recovery_error") == 2
-    assert repr(Frame({"a": []})) == "no rows; columns a"
+    assert (repr(Frame({"a": []})), repr(Frame())) == ("no rows; columns a", "no rows")
     assert repr(Frame({"a": ["\x1b[31m"]})).split() == ["a", "\\x1b[31m"]
+
+
+def test_top_heads_tell_which_whole_activations_they_leave_out() -> None:
+    """On the terminal too; not if they are among the rows, or in a table of features, whose whole activations are others."""
+    nodes = (
+        fp.head(1, 3, position="end"),
+        fp.Node("blocks.1.hook_mlp_out", "activation", None, "end"),
+        fp.head(0, 2, position="end"),
+    )
+    values = np.array([0.3, 0.9, 0.1])
+    rows, pairs = np.arange(3), np.zeros(3, dtype=int)
+    metadata = {"metric": "m", "metrics": ["m"], "directions": ["denoising"], "unit": "gap"}
+    table = fp.Effects(nodes, np.ones(1), np.zeros(1), rows, pairs, values, 1 - values, metadata)
+    note = "not shown: 1 whole activation, the largest of which is blocks.1.hook_mlp_out activation @ end (0.90)"
+    assert repr(table.top(2)).endswith(f"{note}; top(kind=None) ranks them too")
+    assert [node.kind for node in table.top(2, kind=None).nodes] == ["activation", "head"]
+    assert table.where(kind="activation").top(5).nodes == nodes[1:2]
+    for without in (table, table.top(2, kind=None), table.where(kind="activation")):
+        assert "not shown" not in repr(without)
 
 
 def test_a_loaded_model_is_told_in_a_few_lines(results: dict[str, Any]) -> None:

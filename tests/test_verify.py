@@ -91,13 +91,15 @@ def test_rows_that_a_table_does_not_store(small: Small) -> None:
 def test_what_is_refused(small: Small) -> None:
     table, saes = table_of("features", small)
     estimate = fp.rank_features(small.model, saes, pairs_of(small), method="atp", **OPTIONS)
+    interrupted = replace(table, metadata={**table.metadata, "finished": False})
     for changed, message in (
         ({"pairs": pairs_of(small, [0, 1])}, "pairs differs from that of the table"),
         ({"saes": [standard(saes[0].cfg.metadata.hook_name, 99), saes[1]]}, "differs from that of the table"),
         ({"saes": saes[:1]}, "the table was measured with .*: expected these SAEs too"),
         ({"saes": None}, "pass them with saes=, or --sae for each"),
         ({"rows": 0}, "rows=0"),
-        ({"effects": estimate}, "expected exact effects"),
+        ({"effects": estimate}, "the table holds estimates, .*: expected exact effects"),
+        ({"effects": interrupted}, "as after Ctrl-C, only some of its pairs: expected exact effects"),
         ({"effects": fp.ablate(small.model, pairs_of(small), sites="z", to="mean", **OPTIONS)}, "expected exact effects"),
     ):
         options: dict[str, Any] = {"effects": table, "pairs": pairs_of(small), "saes": saes, **OPTIONS, **changed}
@@ -124,7 +126,4 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text(lines[0])
     other = run("verify", "r/effects.safetensors", *given[:-1], "one.jsonl", folder=tmp_path)
     assert other.returncode == 2
-    assert (
-        "--pairs 'one.jsonl' holds other pairs than those that the table was measured on: expected the same 2 pairs"
-        in " ".join(other.stderr.split())
-    )
+    assert "error: pairs differs from that of the table: expected the one that it was" in " ".join(other.stderr.split())

@@ -128,7 +128,7 @@ def test_attention_patterns(demo: Any, pairs: fp.Pairs, components: fp.Effects) 
         ({"layer": 4}, "layer=4: expected 0 to 3, a layer of the model"),
         ({"head": 8}, "head=8: expected 0 to 7, a head of layer 1"),
         ({"head": -1}, "head=-1: expected an integer, 0 or more"),
-        ({"prompt": ""}, "prompt='': expected a text or a Pair"),
+        ({"prompt": ""}, "prompt='', and it is empty: expected a text"),
         ({"prompt": "Mary " * 2000}, "tokens: expected at most"),
     ],
 )
@@ -178,6 +178,7 @@ def test_errors_of_active_features(demo: Any, sae: Any, effects: fp.Effects) -> 
         fp.active_features(demo.model, sae, TEXT, per_token=0)
 
 
+@pytest.mark.filterwarnings("ignore:token index")
 def test_effects_at_positions_from_the_end(demo: Any, sae: Any, pairs: fp.Pairs) -> None:
     """Shown at the last token of a text and of a pair; a position that a prompt lacks has no effect there."""
     effects = fp.rank_features(demo.model, sae, pairs[:1], positions=[-1], progress=False)

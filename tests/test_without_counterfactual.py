@@ -162,7 +162,7 @@ def test_a_single_text_and_its_answer(small: Small) -> None:
     assert (one.has_counterfactual, one[0].has_counterfactual) == (False, False)
     assert repr(one) == "1 prompt of 3 tokens without a counterfactual, labels (none)"
     assert repr(one[0]).startswith("prompt of 3 tokens without a counterfactual, answer ids 100 (right)")
-    labelled: dict[str, Any] = {"labels": {"b": "b"}, "tags": {"kind": "letters"}}
+    labelled: dict[str, Any] = {"labels": {"b": [1, 2]}, "tags": {"kind": "letters"}}
     pair = fp.Pair((97, 98, 99), (97, 98, 99), (100,), (), labels={"b": 1}, tags={"kind": "letters"})
     assert fp.Pairs.from_prompts(ids, clean="abc", correct="d", **labelled)[0] == pair
     both = fp.Pairs.from_prompts(ids, clean="abc", corrupted="aac", correct="d", wrong="b")

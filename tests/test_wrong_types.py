@@ -95,7 +95,7 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     "Pair clean holds": lambda small, pairs, effects, x: pair(clean=(x, x) if x != -1 else x),
     "Pair correct": lambda small, pairs, effects, x: pair(correct=x),
     "Pair correct_sequences": lambda small, pairs, effects, x: pair(correct=(), wrong=(), correct_sequences=x),
-    "Pair labels": lambda small, pairs, effects, x: pair(labels={"a": x}),
+    "Pair labels": lambda small, pairs, effects, x: pair(labels={"a": x if x != -1 else -9}),
     "Pairs": lambda small, pairs, effects, x: fp.Pairs(x),
     "Pairs holds": lambda small, pairs, effects, x: fp.Pairs((x,)),
     "Pairs.check": lambda small, pairs, effects, x: pairs.check(x),

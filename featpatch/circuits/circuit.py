@@ -357,9 +357,10 @@ class Circuit(Plotted):
     def __repr__(self) -> str:
         low, high = self.faithfulness_interval
         between = " (a single pair gives no interval)" if np.isnan(low) else f" [{decimal(low)}, {decimal(high)}]"
+        others = "complement" if len(self.items) < len(self.graph.items) else "everything else at these hook points"
         return (
             f"circuit of {len(self.items)} of {len(self.graph.items)} {self.metadata['over']} ({self._search()}), "
-            f"complement ablated to {self.graph.to} values: faithfulness {decimal(self.faithfulness)}{between}, exact, over "
+            f"{others} ablated to {self.graph.to} values: faithfulness {decimal(self.faithfulness)}{between}, exact, over "
             f"{counted(len(self.graph.pairs), 'pair')}"
         )
 

@@ -6,11 +6,13 @@ Exit codes are 0 for success, 1 for a failed check, 2 for bad input and 130 for 
 import re
 import shlex
 import sys
+import warnings
 from ast import literal_eval
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from inspect import signature
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -61,10 +63,19 @@ def _visible_errors() -> Iterator[None]:
 INTERRUPTED = 130
 """The exit code of a command that was interrupted by Ctrl-C, the same as in shells."""
 
-app = typer.Typer(
-    name="featpatch", cls=Program, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
-    help="Which SAE features cause this behaviour? Exact causal ranking, in both directions.",
-)  # fmt: skip
+app = typer.Typer(name="featpatch", cls=Program, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+
+
+def _version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"featpatch {version('featpatch')}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def program(version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version.")] = False) -> None:
+    """Which SAE features cause this behaviour? Exact causal ranking, in both directions."""
 
 
 def console(*, json: bool = False) -> PlainConsole:
@@ -79,6 +90,7 @@ def bars(*, json: bool) -> bool:
 
 PHRASES = {
     r", or a function metric\(.*": "",
+    r"metric '([^']*)' is unknown: (expected one of [\w, ]*)": r"--metric \1: \2; repeat --metric for several",
     r"one name or one function; call this once for each metric": "one metric; run the command once for each",
     r", or an object such as fp\.Ray\(\.\.\.\)": "",
     r"give short names and layers=\.\.\., or call this function once per layer": "run the command once per layer",
@@ -88,6 +100,8 @@ PHRASES = {
     "then that of components",
     r"values: '[^']* feature (\d+) @ all'": r"--feature \1",
     r"\) with (screen|journal|executor): ": r") with --\1: ",
+    r"pass journal='work.journal' to": "pass --journal FILE to",
+    r"the same call with it": "the same command",
     r"(can't be written \((?!No space left).*?\)): expected a folder with write permission and free disk space; an existing "
     r"file is left unchanged; free some space, or": r"\1: expected a folder that can be written to;",
 }
@@ -131,13 +145,16 @@ def in_options(message: str) -> str:
 def clear_errors() -> Iterator[None]:
     """Turn a FeatpatchError within the context into one line and exit code 2, and an interruption into exit code 130.
 
-    The line speaks of options where the error of the library speaks of arguments.
+    The line speaks of options where the error of the library speaks of arguments, and so does that of each warning.
     """
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        PlainConsole(stderr=True).print("interrupted", style="yellow")
-        raise typer.Exit(INTERRUPTED) from error
-    except FeatpatchError as error:
-        PlainConsole(stderr=True).print(f"error: {in_options(str(error))}", style="red", highlight=False)
-        raise typer.Exit(2) from error
+    told = PlainConsole(stderr=True)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: told.print(f"warning: {in_options(str(message))}", style="yellow")
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            told.print(in_options(f"interrupted; {error}" if str(error) else "interrupted"), style="yellow")
+            raise typer.Exit(INTERRUPTED) from error
+        except FeatpatchError as error:
+            told.print(f"error: {in_options(str(error))}", style="red", highlight=False)
+            raise typer.Exit(2) from error

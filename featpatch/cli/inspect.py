@@ -12,7 +12,7 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import INSPECT, START, app, bars, clear_errors, console
 from featpatch.cli.output import in_json
-from featpatch.errors import FeatpatchError, counted, listed
+from featpatch.errors import FeatpatchError, closest, counted, listed
 from featpatch.files import write_csv
 
 
@@ -46,7 +46,7 @@ def check(
         of.checked(pairs, "all", "both", [metric])
         loaded, saes = fp.load(model, sae, device=device, check=False, progress=bars(json=as_json))
         drawn = fp.Pairs.from_jsonl(loaded, pairs, long_answers=of.of_sequences([metric]))
-        found = drawn.check(loaded) if metric == "sequence_log_prob_diff" else drawn.check(loaded, metric=metric)
+        found = drawn.check(loaded, metric=metric)
         fits = fp.check(loaded, saes, drawn) if saes else None
         if as_json:
             typer.echo(found.to_pandas().to_json(orient="records", indent=1))
@@ -83,11 +83,6 @@ def verify(
     with clear_errors():
         table = of.table(effects)
         work = of.study(model, sae or [], pairs, "all", "both", list(table.metrics), device, progress=bars(json=as_json))
-        if work["pairs"].digest() != table.metadata.get("pairs"):
-            raise FeatpatchError(
-                f"--pairs {str(pairs)!r} holds other pairs than those that the table was measured on: expected the same "
-                f"{counted(len(table.clean), 'pair')}; give the file of pairs that was ranked"
-            )
         found = fp.verify(
             table, work["model"], work["pairs"], saes=work["saes"] or None, rows=rows, seed=seed, progress=bars(json=as_json)
         )
@@ -111,8 +106,7 @@ def info(
         from featpatch.reporting.terminal import ranked
 
         table = of.table(effects)
-        shown = of.Shown(top, by, threshold)
-        table = shown.labelled(table)
+        table = (shown := of.Shown(top, by, threshold)).labelled(table)
         if as_json:
             typer.echo(in_json(table, shown))
             return
@@ -139,9 +133,7 @@ def report(
     with clear_errors():
         of.check_out(out, ".html")
         others = None if components is None else of.table(components)
-        table = of.table(effects)
-        table = table if threshold is None else table.with_threshold(threshold)
-        written = fp.report(table, out, components=others)
+        written = fp.report(of.Shown(0, threshold=threshold).labelled(of.table(effects)), out, components=others)
         if as_json:
             typer.echo(json.dumps({"written": str(written)}))
         else:
@@ -161,15 +153,7 @@ def compare(
     with clear_errors():
         from featpatch.reporting.terminal import compared
 
-        tables = of.table(features), of.table(components)
-        about = [(table.metadata.get("pairs"), table.metadata.get("model", {}).get("sha256")) for table in tables]
-        for name, noun, one, other in zip(("pairs", "model"), ("pairs", "models"), *about, strict=True):
-            if one != other:
-                raise FeatpatchError(
-                    f"{str(features)!r} and {str(components)!r} were measured on different {noun}: expected the same "
-                    f"--{name} in both; run rank and components again with the same option"
-                )
-        found = fp.compare(*tables)
+        found = fp.compare(of.table(features), of.table(components))
         if as_json:
             typer.echo(found.table.to_json(orient="records", indent=1))
         else:
@@ -198,23 +182,19 @@ def tasks(
     Example: featpatch tasks ioi -n 32 --model gpt2 --out pairs.jsonl
     """
     with clear_errors():
-        screen = console(json=as_json)
+        screen, names = console(json=as_json), list(fp.tasks.TASKS)
         if task is None:
-            given = [
-                name for name, value in {"-n": n, "--model": model, "--seed": seed, "--out": out}.items() if value is not None
-            ]
-            if given:
-                raise FeatpatchError(
-                    f"{', '.join(given)} without a task: expected a task too, one of {', '.join(fp.tasks.TASKS)}"
-                )
+            options = {"-n": n, "--model": model, "--seed": seed, "--out": out}
+            if given := [name for name, value in options.items() if value is not None]:
+                raise FeatpatchError(f"{', '.join(given)} without a task: expected a task too, one of {', '.join(names)}")
             known = {name: _about(make) for name, make in fp.tasks.TASKS.items()}
             if as_json:
                 typer.echo(json.dumps([{"task": name, **about} for name, about in known.items()], indent=1))
             for name, about in {} if as_json else known.items():
                 screen.print(f"{name}: {about['about']}\n  {about['labels']}", highlight=False)
             return
-        if task not in fp.tasks.TASKS:
-            raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(fp.tasks.TASKS)}")
+        if task not in names:
+            raise FeatpatchError(f"task {task!r} is unknown: expected one of {', '.join(names)}{closest(task, names)}")
         if out is not None:
             of.check_out(out, ".jsonl")
         progress = bars(json=as_json)

@@ -57,7 +57,7 @@ def rank(
 
     Ctrl-C stops the sweep and shows the results so far.
 
-    Example: featpatch rank --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
+    Example: featpatch rank --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions S2,end
     """
     with clear_errors():
         from featpatch.reporting.terminal import checked
@@ -111,7 +111,7 @@ def components(
 ) -> None:
     """Rank heads and their parts, MLPs, neurons and the residual stream by exact patching, on the same scale as features.
 
-    Example: featpatch components --model gpt2 --pairs pairs.jsonl --sites z,mlp_out --positions each
+    Example: featpatch components --model gpt2 --pairs pairs.jsonl --sites z,mlp_out --positions S2,end
     """
     with clear_errors():
         results = Output.open(out, journal)
@@ -197,7 +197,7 @@ def plan(
 ) -> None:
     """Estimate the cost of `rank` (without --sae, of `components`): patches, memory and time, extrapolated from one batch.
 
-    Example: featpatch plan --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions each
+    Example: featpatch plan --model my-gpt2 --sae saes/blocks.8.hook_resid_pre --pairs pairs.jsonl --positions S2,end
     """
     with clear_errors():
         from featpatch.reporting.terminal import planned

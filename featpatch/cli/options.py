@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import featpatch as fp
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, closest
 from featpatch.files import as_path, check_writable
 
 EffectsFile = Annotated[Path, typer.Argument(help="The effects.safetensors file written by rank, components or demo.")]
@@ -150,26 +150,12 @@ def checked(pairs: Path, positions: str, direction: str, metric: list[str]) -> d
     """
     from featpatch.metrics import Measures
 
-    asked = {"positions": spans(positions), "directions": ways(direction), "metric": metrics(metric)}
+    asked = {"positions": spans(positions), "directions": ways(direction), "metric": list(dict.fromkeys(metric))}
     if not as_path(pairs).exists():
         raise FeatpatchError(f"--pairs {str(pairs)!r} does not exist: expected a JSON Lines file of pairs; check the path")
     Measures.of(asked["metric"])
     check_labels(asked["positions"], _labels(pairs))
     return asked
-
-
-def metrics(names: list[str]) -> list[str]:
-    """Return the values of --metric, each once.
-
-    Raises:
-        FeatpatchError: there is no metric of such a name.
-    """
-    from featpatch.metrics import MEASURES, SEQUENCES
-
-    every = (*MEASURES, *SEQUENCES)
-    if unknown := [name for name in names if name not in every]:
-        raise FeatpatchError(f"--metric {unknown[0]}: expected one of {', '.join(every)}; repeat --metric for several")
-    return list(dict.fromkeys(names))
 
 
 def check_labels(positions: str | list[int | str], labelled: Iterable[tuple[str, Collection[str]]]) -> None:
@@ -188,7 +174,8 @@ def check_labels(positions: str | list[int | str], labelled: Iterable[tuple[str,
             known = f"{', '.join(sorted(labels))} or " if labels else ""
             raise FeatpatchError(
                 f"--positions {missing[0]}: {where} has no such label: expected {known}a token index, such as -1 for the last "
-                "token; correct the option, or add the label to the pairs"
+                f"token{', with commas between them' * (' ' in missing[0])}; correct the option, or add the label to the pairs"
+                f"{closest(missing[0], sorted(labels))}"
             )
         if not wanted:
             return
@@ -247,9 +234,10 @@ def components(sites: str, positions: str) -> dict[str, Any]:
 
 def check_methods(method: str, screen: "fp.Screen | None", metric: list[str], direction: str, options: dict[str, Any]) -> None:
     """Raise a FeatpatchError unless the method of estimation, or that of a screen, fits the options that it is used with."""
+    from featpatch.metrics import Measures
     from featpatch.ranking.rank import check_estimation
 
-    names = metrics(metric)
+    Measures.of(names := list(dict.fromkeys(metric)))
     check_estimation(method, names, ways(direction), options)
     for each in () if screen is None else screen.methods:
         check_estimation(each, names[:1], ways(direction), {})

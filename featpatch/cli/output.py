@@ -218,8 +218,6 @@ def _print(console: PlainConsole, effects: "fp.Effects", shown: Shown) -> None:
     for name in effects.metrics:
         of = effects.for_metric(name)
         console.print(f"metric {name}: clean {of.clean.mean():.2f}, corrupted {of.corrupted.mean():.2f}")
-    if not effects.finished:
-        console.print(f"interrupted: the results below cover only the finished pairs ({len(effects.clean)})", style="yellow")
     console.print(ranked(shown.rows(effects), shown.by))
     if len(effects.sites()):
         console.print(site_summary(effects))

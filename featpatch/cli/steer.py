@@ -13,7 +13,6 @@ import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import INSPECT, app, bars, clear_errors, console
 from featpatch.errors import FeatpatchError
-from featpatch.files import as_path
 from featpatch.untrusted import visible
 
 
@@ -49,7 +48,10 @@ def steer(
             raise FeatpatchError(f"--dose {strange[0]}: expected a finite number; give another dose")
         texts = None
         if unit != "raw":
-            texts = prompt if reference is None else _lines(reference)
+            from featpatch.pairs.files import read
+
+            text = "" if reference is None else read(reference, "a text file", "a document per line")
+            texts = [line for line in text.splitlines() if line.strip()] or prompt
         elif reference is not None:
             raise FeatpatchError(
                 "--reference with --unit raw: expected no reference, because raw numbers need none; leave it out"
@@ -89,25 +91,3 @@ def _continued(model: Any, prompt: str, tokens: int, values: Any = None, options
     with fp.steer(model, values, **options) if values else nullcontext():
         made = lens.generate(ids, tokens)
     return str(lens.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a text file that are not empty.
-
-    Raises:
-        FeatpatchError: the file is missing, can't be read or has none.
-    """
-    if not as_path(path).exists():
-        raise FeatpatchError(
-            f"--reference {str(path)!r} does not exist: expected a text file with a document per line; check the path"
-        )
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise FeatpatchError(
-            f"--reference {str(path)!r} can't be read ({reason}): expected a text file with a document per line"
-        ) from error
-    if not lines:
-        raise FeatpatchError(f"--reference {str(path)!r} is empty: expected a document per line")
-    return lines

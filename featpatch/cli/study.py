@@ -2,13 +2,14 @@
 
 import re
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from featpatch.cli.app import SCALE, app, clear_errors
-from featpatch.errors import FeatpatchError
+from featpatch.errors import FeatpatchError, closest
 from featpatch.files import as_path
 
 if sys.version_info >= (3, 11):
@@ -47,9 +48,13 @@ def read(study: Path) -> list[str]:
     except (OSError, ValueError, RecursionError) as error:
         raise FeatpatchError(f"the study {str(study)!r} can't be read ({error}): expected a TOML file; correct it") from error
     command = content.pop("command", None)
-    names = {info.name or info.callback.__name__ for info in app.registered_commands if info.callback} - {"run"}
-    if not isinstance(command, str) or command not in names:
-        raise FeatpatchError(f"command={command!r} in {str(study)!r}: expected one of {', '.join(sorted(names))}")
+    known = {each.name or each.callback.__name__: each.callback for each in app.registered_commands if each.callback}
+    if not isinstance(command, str) or command not in known or command == "run":
+        raise FeatpatchError(f"command={command!r} in {str(study)!r}: expected one of {', '.join(sorted({*known} - {'run'}))}")
+    options = ["arguments", *(name.removeprefix("as_") for name in signature(known[command]).parameters)]
+    if odd := [name for name in content if name.replace("-", "_") not in options]:
+        choice = f"{', '.join(options)}{closest(odd[0], options)}"
+        raise FeatpatchError(f"{odd[0]} in {str(study)!r}: expected an option of {command}, one of {choice}")
     arguments = [command]
     for name, value in content.items():
         several = value if isinstance(value, list) else [value]

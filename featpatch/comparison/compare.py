@@ -352,8 +352,8 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
         one, other = features.metadata.get(key), components.metadata.get(key)
         if one != other:
             raise FeatpatchError(
-                f"{key} is {one!r} for the features and {other!r} for the components: expected the same value, since their "
-                "effects are compared; rank both with the same pairs and metric"
+                f"{key} is {one!r:.20} for the features and {other!r:.20} for the components: expected the same {key}, since "
+                "their effects are compared; rank both with the same pairs and metric"
             )
     counts = len(features.clean), len(components.clean)
     if counts[0] != counts[1]:
@@ -371,7 +371,7 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
     models = [table.metadata.get("model", {}).get("sha256") for table in (features, components)]
     if models[0] != models[1]:
         raise FeatpatchError(
-            f"the tables were measured on models with weights {models}: expected the same weights; rank both with one model"
+            "the tables were measured on models with different weights: expected the same ones; rank both with one model"
         )
     shared = [effect for effect in features.directions_run() if effect in components.directions_run()]
     if not shared:

@@ -38,7 +38,9 @@ def sorting(by: str | None, run: Sequence[Effect], metrics: Sequence[str] = ()) 
         return run[0], "all"
     if by not in known:
         advice = f"; for the effects on the metric {by}, write effects.for_metric({by!r}).top(...)" if by in metrics else ""
-        raise FeatpatchError(f"by={by!r}: expected one of the measured effects, {', '.join(known)}{advice}")
+        raise FeatpatchError(
+            f"by={by!r}: expected one of the measured effects, {', '.join(known)}{advice or closest(by, list(known))}"
+        )
     return known[by]
 
 
@@ -51,7 +53,7 @@ def measured_effect(effect: str | None, run: Sequence[Effect]) -> Effect:
     check_kinds((str, NoneType), effect=effect)
     found = [each for each in run if effect in (each, None)]
     if not found:
-        raise FeatpatchError(f"effect={effect!r}: expected one of the measured effects, {', '.join(run)}")
+        raise FeatpatchError(f"effect={effect!r}: expected one of the measured effects, {', '.join(run)}{closest(effect, run)}")
     return found[0]
 
 

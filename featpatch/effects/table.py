@@ -49,7 +49,7 @@ class Effects(Measured):
             by: `"recovery"` or `"degradation"`, pooled over all pairs; or `"recovery_where_changed"` or
                 `"degradation_where_changed"`, pooled over the pairs in which the node differs. The direction must have been
                 run; by default recovery if it was, else degradation.
-            kind: a kind of node, such as `"head"`; None for all kinds; by default those that are `ranked`.
+            kind: a kind of node, such as `"head"`; None for all kinds; by default those that are `ranked`, if there are any.
             least_changed: the number of pairs in which a row must differ to be included; by default 0, or 5 if `by` ends in
                 `_where_changed` (all pairs if there are fewer), because an interval over fewer pairs is too narrow.
 
@@ -65,7 +65,8 @@ class Effects(Measured):
         effect, over = sorting(by, self.directions_run(), self.metrics)
         least = least_to_sort(over, least_changed, len(self.clean))
         check_numbers(0, n=n)
-        rows = self if kind is None else self.take(self.ranked) if kind == "ranked" else self.where(kind=kind)
+        kept = self.ranked if kind == "ranked" and self.ranked.any() else np.ones(len(self), dtype=bool)
+        rows = self.where(kind=kind) if kind not in (None, "ranked") else self.take(kept)
         rows = rows.take(rows.changed_pairs >= least) if least else rows
         return rows.take(np.argsort(-rows.pooled(effect, over=over), kind="stable")[:n])
 
@@ -341,13 +342,15 @@ class Effects(Measured):
         beside = [name for name in table if WHERE_CHANGED in name]  # in to_pandas(); here the lines would be too long
         shown = text(table.drop(columns=["sae", *pooled, "value", "unit", "route", *beside], errors="ignore"))
         more = f", the first {len(first)} of" if len(self) > len(first) else ","
-        return f"{self._headline()}{more} {counted(len(self), 'row')}:\n{shown}"
+        note = f"\n{said}; top(kind=None) ranks them too" if (said := frames.left_out(self)) else ""
+        return f"{self._headline()}{more} {counted(len(self), 'row')}:\n{shown}{note}"
 
     def _headline(self) -> str:
         paths = f" of paths (route {self.route!r})" if self.route else ""
         over = f"{self.value} effects{paths} over {frames.sample(self)}"
         if self.spread:
-            return f"{over} and {self.metadata['noise']['draws']} draws of noise (spread: standard deviation over draws)"
+            over += f" and {self.metadata['noise']['draws']} draws of noise (spread: standard deviation over draws)"
+        over += "" if self.finished else ", interrupted before the others were finished"
         return over if self.has_gap else f"{over}, as changes {self.unit} (clean - ablated)"
 
     def _repr_html_(self) -> str:

@@ -1,5 +1,6 @@
 """HTML files made of sections with tables, charts and texts, from jinja2 templates and itables tables."""
 
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     from itables.javascript import generate_init_offline_itables_html
     from itables.options import dt_bundle
 
-    tables = Markup(generate_init_offline_itables_html(dt_bundle))
+    scripts = generate_init_offline_itables_html(dt_bundle)
+    tables = Markup(re.sub("<noscript>.*</noscript>", "", scripts, flags=re.DOTALL))  # the page has its own words there
     values = {"title": title, "subtitle": subtitle, "sections": sections}
     return TEMPLATES.get_template("page.html").render(datatables=tables, **values)
 

@@ -37,7 +37,7 @@ Answer = str | SupportsIndex
 """A text, or the id of a one-token answer."""
 Answers = Answer | Sequence[Answer] | torch.Tensor | np.ndarray | None
 """One answer, several answers, or none."""
-INSTEAD = ", or pass long_answers=True (from_prompts, from_jsonl, from_csv, from_pandas) and metric='sequence_log_prob'"
+INSTEAD = ", or pass long_answers=True (from_prompts, from_jsonl, from_csv, from_pandas) and metric='sequence_log_prob_diff'"
 """The advice for an answer of several tokens, at the end of an error."""
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 

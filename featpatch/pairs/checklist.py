@@ -22,7 +22,7 @@ import torch
 
 from featpatch.errors import FeatpatchError, check_kinds, counted
 from featpatch.frame import Frame
-from featpatch.metrics import Measure, find
+from featpatch.metrics import MEASURES, Measure, find
 from featpatch.page.page import block
 from featpatch.pairs.likelihood import Logits, Runs, log_probs
 from featpatch.pairs.pair import Pair, differing, positions_of
@@ -138,7 +138,7 @@ def check(
     model: Callable[[torch.Tensor], Any],
     *,
     tokenizer: Any = None,
-    metric: Literal["logit_diff", "prob_diff"] = "logit_diff",
+    metric: Literal["logit_diff", "prob_diff", "sequence_log_prob_diff"] = "logit_diff",
 ) -> Checklist:
     """Check each pair for common problems with this model; the method `Pairs.check`.
 
@@ -146,10 +146,10 @@ def check(
         model: a function from tokens `[batch, pos]` to logits `[batch, pos, d_vocab]`, or to an object with them as `.logits`.
         tokenizer: a tokenizer to show words and compare their kinds; by default `model.tokenizer`, if there is one.
         metric: the metric that compares one-token answers; it is positive if the right ones are preferred. Answers that are
-            sequences are compared by their log probabilities.
+            sequences are compared by their log probabilities whatever it is.
 
     Raises:
-        FeatpatchError: the model gives no logits or logits that are not finite, or the metric is not one of these two.
+        FeatpatchError: the model gives no logits or logits that are not finite, or the metric is not one of these.
 
     Examples:
         >>> checklist = pairs.check(model)
@@ -157,18 +157,23 @@ def check(
         (True, 4)
     """
     tokenizer = tokenizer or getattr(model, "tokenizer", None)
-    if metric not in ("logit_diff", "prob_diff"):
+    if metric not in ("logit_diff", "prob_diff", "sequence_log_prob_diff"):
         raise FeatpatchError(
-            f"metric={metric!r}: expected 'logit_diff' or 'prob_diff', whose sign shows which answer is preferred"
+            f"metric={metric!r}: expected 'logit_diff', 'prob_diff' or, for answers of several tokens, "
+            "'sequence_log_prob_diff', whose sign shows which answer is preferred"
         )
-    measure, runs, first = find(metric), Runs(model), first_token(model)
+    measure, runs, first = find(metric if metric in MEASURES else "logit_diff"), Runs(model), first_token(model)
     in_context = _in_context(pairs, tokenizer)
     check_by_position(pairs)
     prompts = [tokens for pair in pairs for tokens in (pair.clean, pair.corrupted)]
 
     def read(index: int, logits: Logits) -> tuple[float, float]:
         """Return the metric (0 for answers of several tokens) and the surprise at the changed tokens."""
-        pair = pairs[index // 2]
+        pair, known = pairs[index // 2], range(logits.shape[-1])
+        if odd := [token for side in pair.answers for answer in side for token in answer if token not in known]:
+            raise FeatpatchError(
+                f"pair {index // 2} has answer ids {odd}: expected 0 to {known[-1]}, ids of the model's tokenizer"
+            )
         told = _told(logits, pair, measure if pair.wrong else find("log_prob")) if pair.correct else 0.0
         return told, _surprise(logits, prompts[index], differing(pair))
 
@@ -237,8 +242,9 @@ def _kind(pair: Pair, tokenizer: Any) -> Outcome:
     if tokenizer is None or not hasattr(tokenizer, "decode"):
         return "pass", "not checked, because there is no tokenizer"
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown in (*pair.clean, *pair.corrupted):
-        return "warn", f"{counted((*pair.clean, *pair.corrupted).count(unknown), 'token')} unknown to the tokenizer"
+    begin = int(unknown == getattr(tokenizer, "bos_token_id", None))  # BOS can be the unknown token too
+    if found := (*pair.clean[begin:], *pair.corrupted[begin:]).count(unknown):
+        return "warn", f"{counted(found, 'token')} unknown to the tokenizer"
     for p in differing(pair):
         kinds = [_kind_of(tokenizer, ids[p]) for ids in (pair.clean, pair.corrupted)]
         if kinds[0] != kinds[1]:

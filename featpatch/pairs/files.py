@@ -12,7 +12,7 @@ from typing import Any, TextIO, TypeVar
 
 import pandas as pd
 
-from featpatch.errors import FeatpatchError, check_kinds, counted, each, errors_about
+from featpatch.errors import FeatpatchError, check_kinds, closest, counted, each, errors_about
 from featpatch.files import as_path, read_json
 from featpatch.pairs.tokens import PairsWarning
 
@@ -39,18 +39,17 @@ def opened(path: str | Path, kind: str) -> Iterator[TextIO]:
         kind: what the file should be, for error messages, e.g. "a CSV file".
 
     Raises:
-        FeatpatchError: the file is missing or not UTF-8.
+        FeatpatchError: the file is missing, can't be read or is not UTF-8.
     """
     path = as_path(path)
     if not path.is_file():
-        raise FeatpatchError(f"there is no pairs file {str(path)!r}: expected {kind}; check the path")
+        raise FeatpatchError(f"there is no file {str(path)!r}: expected {kind}; check the path")
     try:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             yield file
-    except UnicodeDecodeError as error:
-        raise FeatpatchError(
-            f"the pairs file {str(path)!r} is not UTF-8 ({error}): expected UTF-8 text; save it in this encoding"
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"is not UTF-8 ({error})" if isinstance(error, ValueError) else f"can't be read ({error.strerror})"
+        raise FeatpatchError(f"the file {str(path)!r} {what}: expected {kind}, in UTF-8; save it in this encoding") from error
 
 
 def read(path: str | Path, kind: str, holding: str) -> str:
@@ -62,7 +61,7 @@ def read(path: str | Path, kind: str, holding: str) -> str:
     with opened(path, kind) as file:
         text = file.read()
     if not text.strip():
-        raise FeatpatchError(f"the pairs file {str(path)!r} is empty: expected {holding}")
+        raise FeatpatchError(f"the file {str(path)!r} is empty: expected {holding}")
     return text
 
 
@@ -86,7 +85,7 @@ def json_lines_in_blocks(path: str | Path, needed: Sequence[str], size: int) -> 
         lines = _numbered(path, file)
         block = dict(islice(lines, size))
         if not block:
-            raise FeatpatchError(f"the pairs file {str(path)!r} is empty: expected one JSON object per line")
+            raise FeatpatchError(f"the file {str(path)!r} is empty: expected one JSON object per line")
         while block:
             yield _objects(block, needed)
             block = dict(islice(lines, size))
@@ -102,7 +101,8 @@ def _objects(lines: Mapping[str, str], needed: Sequence[str]) -> Rows:
         row = parsed(line, "one object per line")
         missing = [field for field in needed if not isinstance(row, dict) or field not in row]
         if missing:
-            raise FeatpatchError(f"{line[:60]!r} lacks {', '.join(missing)}: expected an object with {', '.join(needed)}")
+            near = closest(missing[0], [field for field in row if field not in needed]) if isinstance(row, dict) else ""
+            raise FeatpatchError(f"{line[:60]!r} lacks {', '.join(missing)}: expected an object with {', '.join(needed)}{near}")
         return row
 
     return Rows(list(lines), list(each(parse, list(lines.values()), where=list(lines))))
@@ -119,7 +119,7 @@ def csv_rows(path: str | Path, needed: Sequence[str]) -> Rows:
     lines = dict(_lines(reader, str(path)))
     (_, header), *rest = lines.items()
     if not rest:
-        raise FeatpatchError(f"the pairs file {str(path)!r} has a header but no rows: expected one row per pair")
+        raise FeatpatchError(f"the file {str(path)!r} has a header but no rows: expected one row per pair")
     for where, cells in rest:
         if len(cells) != len(header):
             raise FeatpatchError(

@@ -1,5 +1,6 @@
 """Labels as a user gives them, as token positions, texts, characters or spans, and the token positions that they stand for."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -8,7 +9,7 @@ from featpatch.pairs.pair import LabelPosition
 from featpatch.pairs.tokens import Tokenizer, bare_ids, plain_integers, plain_tokenizer, prompt_ids, special_positions
 
 Label = SupportsIndex | range | str | Sequence[SupportsIndex] | Mapping[str, Any]
-"""The place of a label: a token position; a text that occurs once in the prompt, or its characters (start, end), both of which
+"""The place of a label: a token position; whole words that occur once in the prompt, or characters (start, end), both of which
 stand for the last token; or a span, given as a range of token positions or as `{"span": text or characters}`."""
 
 
@@ -71,7 +72,7 @@ def after_special(tokenizer: Tokenizer, ids: Sequence[int], labels: Mapping[str,
     """Convert positions that do not count the special tokens (BOS) at the start of the prompt to positions that do."""
     special = special_positions(tokenizer, ids)
     shift = next((position for position in range(len(ids)) if position not in special), 0)
-    return {name: position + shift for name, position in labels.items()}
+    return {name: position + shift if position >= 0 else position for name, position in labels.items()}
 
 
 def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> LabelPosition:
@@ -93,14 +94,16 @@ def _position(tokenizer: Tokenizer, prompt: str | Sequence[int], label: Any) -> 
 def _characters(prompt: str, label: Any) -> tuple[int, int]:
     """Return where a text starts and ends in the prompt, given the text or its characters [start, end]."""
     if isinstance(label, str) and label:
-        start = prompt.find(label)
-        if start < 0 or prompt.find(label, start + 1) >= 0:
-            found = "is not" if start < 0 else "is more than once"
+        begins, ends = (re.match("[A-Za-z]", edge) is not None for edge in (label[0], label[-1]))
+        word = f"{'(?<![A-Za-z])' * begins}{re.escape(label)}{'(?![A-Za-z])' * ends}"
+        starts = [found.start() for found in re.finditer(f"(?={word})", prompt)]
+        if len(starts) != 1:
+            found = "is more than once" if starts else "is only part of a word" if label in prompt else "is not"
             raise FeatpatchError(
                 f"{label!r} {found} in {prompt[:60]!r}: expected text that occurs exactly once; give more of it, or its "
                 "character range [start, end]"
             )
-        return start, start + len(label)
+        return starts[0], starts[0] + len(label)
     edges = plain_integers(label)
     if isinstance(edges, tuple) and len(edges) == 2:
         start, end = edges

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from operator import index
 from typing import Any, SupportsIndex, cast
 
-from featpatch.errors import MAX_INTEGER, FeatpatchError, FeatpatchWarning, check_kinds, is_integer, listed
+from featpatch.errors import MAX_INTEGER, FeatpatchError, FeatpatchWarning, check_kinds, errors_about, is_integer, listed
 from featpatch.nodes import Position
 from featpatch.pairs.tokens import plain_integers
 from featpatch.untrusted import visible
@@ -148,18 +148,19 @@ class Pair:
         """The number of tokens of the clean and of the corrupted prompt."""
         return len(self.clean), len(self.corrupted)
 
-    def places(self, label: str) -> list[tuple[int, int]]:
-        """Return the positions of a label in the clean prompt, each with its position in the corrupted prompt.
+    def places(self, label: Position) -> list[tuple[int, int]]:
+        """Return the positions of a label or an index in the clean prompt, each with its position in the corrupted prompt.
 
         Raises:
-            FeatpatchError: the pair has no such label.
+            FeatpatchError: the pair has no such label or position.
 
         Examples:
             >>> pairs[0].places("S2") == [(position, position) for position in pairs[0].positions("S2")]
             True
         """
         here = self.positions(label)
-        return list(zip(here, positions_of(self.corrupted_labels[label]) if self.by_label else here, strict=True))
+        by_label = self.by_label and isinstance(label, str)
+        return list(zip(here, positions_of(self.corrupted_labels[str(label)]) if by_label else here, strict=True))
 
     def positions(self, position: Position) -> list[int]:
         """Return the token positions that `"all"`, an index or a label stands for in the clean prompt.
@@ -241,7 +242,7 @@ class Pair:
 
 
 def _checked_labels(labels: Mapping[str, Any], n: int) -> dict[str, LabelPosition]:
-    """Return the labels of a prompt of `n` tokens with plain integers as positions.
+    """Return the labels of a prompt of `n` tokens with plain integers as positions, counted from the start.
 
     Raises:
         FeatpatchError: a label has no valid name or place.
@@ -255,11 +256,11 @@ def _checked_labels(labels: Mapping[str, Any], n: int) -> dict[str, LabelPositio
                 f"label {label!r} is at {position!r}: expected an integer position or a tuple of them, and a name other "
                 "than 'all' and 'each'"
             )
-        if not 0 <= span[0] <= span[-1] < n:
-            raise FeatpatchError(f"label {label!r} is at position {position}: expected 0 to {n - 1}")
+        with errors_about(f"label {label!r}"):
+            span = tuple(token_index(each, n) for each in span)
         if span != tuple(range(span[0], span[-1] + 1)):
             raise FeatpatchError(f"label {label!r} is at positions {position}: expected consecutive positions")
-        checked[label] = plain
+        checked[label] = span if isinstance(plain, tuple) else span[0]
     return checked
 
 
@@ -278,12 +279,12 @@ def check_answers(pair: Pair, metrics: Sequence[str]) -> None:
 
 
 def _check_tokens(name: str, tokens: object) -> None:
-    """Raise a FeatpatchError unless tokens are a tuple of integers small enough for arrays."""
+    """Raise a FeatpatchError unless tokens are a tuple of integers from 0 on that are small enough for arrays."""
     check_kinds(tuple, **{name: tokens})
     for token in tokens if isinstance(tokens, tuple) else ():
-        if type(token) is not int or abs(token) > MAX_INTEGER:
-            what = type(token).__name__ if type(token) is not int else f"integer of {token.bit_length()} bits"
-            raise FeatpatchError(f"{name} holds a {what}: expected token ids, integers such as (464, 3290)")
+        if type(token) is not int or not 0 <= token <= MAX_INTEGER:
+            what = f"a {type(token).__name__}" if type(token) is not int else repr(token)[:20]
+            raise FeatpatchError(f"{name} holds {what}: expected token ids, integers from 0 on such as (464, 3290)")
 
 
 def token_index(position: int, length: int) -> int:

@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 from featpatch.effects.collector import Collector, measured_places, provenance
 from featpatch.effects.table import Effects
 from featpatch.engine.executor import Executor, Shards
-from featpatch.engine.journal import Book, ClosedBook, Journal, beside
+from featpatch.engine.journal import Book, ClosedBook, Journal, beside, to_resume
 from featpatch.engine.patches import BaseRun, Block
 from featpatch.engine.path import PatchPath, choose_path
 from featpatch.engine.ray import executor_of
 from featpatch.engine.suffix import SuffixPath
 from featpatch.engine.sweep import Sweep, announcing, free_memory, row_budget, row_bytes
-from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers
+from featpatch.errors import FeatpatchError, FeatpatchWarning, check_numbers, counted
 from featpatch.files import as_path
 from featpatch.metrics import METRIC, Measures, Metrics, check_gap
 from featpatch.model.lens import Lens
@@ -119,7 +119,7 @@ class Study:
         known = check_pairs(pairs, by_label=True) if alone else check_counterfactual(pairs, by_label=True)
         readings = readings_of(measures, known, lens)
         wanted = spans_of(pairs, positions)
-        if not alone and lens.causal and "nodes" not in about:  # named nodes always have rows
+        if not alone and lens.causal and not {"nodes", "route"} & set(about) and positions != "each":  # these say so themselves
             _warn_of_the_unchanged(pairs, wanted)
         hooks = sorted({hook for part in parts for hook in part.hooks})
         layers = sorted({layer for part in parts for layer in part.layers})
@@ -144,7 +144,7 @@ class Study:
         return cls(lens, parts, pairs, chosen, measures, metadata, path, rows, memory, runner, arguments)
 
     def run(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
-        """Run the sweep over all pairs and return the effects; after Ctrl-C, those that are finished.
+        """Run the sweep over all pairs and return the effects; after Ctrl-C, those that are finished, with a warning.
 
         Args:
             journal: a file to which finished batches are written.
@@ -154,6 +154,16 @@ class Study:
         Raises:
             FeatpatchError: the gap is near zero, a metric becomes NaN, or the journal belongs to another sweep.
         """
+        effects, noise = self._run(journal, progress=progress, executor=executor), self.runner.noise
+        if not effects.finished:
+            done = f"{counted(len(effects), 'row')} over {len(effects.clean)} of {counted(len(self.pairs), 'pair')}"
+            draws = effects.metadata.get("noise", {}).get("draws", 1)
+            done += "" if noise is None else f" and {draws} of {counted(noise.draws, 'draw')}"
+            warnings.warn(f"interrupted: the table holds {done}; {to_resume(journal)}", FeatpatchWarning, stacklevel=3)
+        return effects
+
+    def _run(self, journal: str | Path | None, *, progress: bool, executor: Any = None) -> Effects:
+        """Run the sweep like `run`, without a warning."""
         noise = self.runner.noise
         if noise is not None and noise.draws > 1:
             draw = partial(self._draw, journal=journal, executor=executor, progress=progress)
@@ -212,7 +222,7 @@ class Study:
 
     def complete(self, *, progress: bool) -> Effects:
         """Run the sweep over all pairs for a caller that needs all of them; Ctrl-C raises KeyboardInterrupt."""
-        effects = self.run(None, progress=progress)
+        effects = self._run(None, progress=progress)
         if not effects.finished:
             raise KeyboardInterrupt
         return effects
@@ -322,17 +332,18 @@ def _in_worker(arguments: bytes) -> Shards:
 
 
 def _warn_of_the_unchanged(pairs: Pairs, wanted: Sequence[Wanted]) -> None:
-    """Warn of labels that have no rows because they are before the first differing token in every pair."""
-    for label in (position for position in wanted[0] if isinstance(position, str) and position != "all"):
-        places = [max(pair.places(label)) for pair in pairs]
-        if all(one == other < pair.first_difference for (one, other), pair in zip(places, pairs, strict=True)):
-            warnings.warn(
-                f"label {label!r} has no rows, because it is before the first difference in every pair: in pair 0 it is at "
-                f"position {places[0][0]} and the prompts differ from position {pairs[0].first_difference} on (positions count "
-                "from 0 and include the BOS token)",
-                FeatpatchWarning,
-                stacklevel=5,
-            )
+    """Warn of labels, and of indices if nothing else was asked for, that are before the first difference in every pair."""
+    places = {at: [max(pair.places(at)) for pair in pairs] for at in wanted[0] if at != "all"}
+    starts = [pair.first_difference for pair in pairs]
+    early = [at for at, of in places.items() if all(a == b < start for (a, b), start in zip(of, starts, strict=True))]
+    for at in [at for at in early if isinstance(at, str)] or early[: len(early) == len(wanted[0])]:
+        warnings.warn(
+            f"{'label' if isinstance(at, str) else 'token index'} {at!r} has no rows, because it is before the first "
+            f"difference in every pair: in pair 0 it is at position {places[at][0][0]} and the prompts differ from position "
+            f"{starts[0]} on (positions count from 0 and include the BOS token)",
+            FeatpatchWarning,
+            stacklevel=5,
+        )
 
 
 def _metadata(

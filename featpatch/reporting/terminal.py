@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -13,7 +14,7 @@ from rich.text import Text
 from featpatch.comparison.compare import SHOWN, Comparison, cells
 from featpatch.console import Fitted
 from featpatch.descriptions import Description
-from featpatch.effects.frames import number, sample
+from featpatch.effects.frames import left_out, number, sample
 from featpatch.effects.selection import WHERE_CHANGED, By, sorting
 from featpatch.effects.table import Effects
 from featpatch.errors import counted
@@ -23,7 +24,7 @@ from featpatch.patching.sets import Selection
 from featpatch.ranking.plan import Plan
 from featpatch.ranking.screen import Screen
 from featpatch.selfcheck import Check
-from featpatch.sites import WHOLE, short_dictionary
+from featpatch.sites import LAYER, WHOLE, short_dictionary
 from featpatch.untrusted import visible
 
 
@@ -63,6 +64,7 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
         numbers=[*numbers, "pairs", changed],
         spare=[header for header in (changed, *list(numbers)[:0:-1], "pairs") if header in columns and header not in first],
         legend=legend,
+        notes=[f"{note}; effects.csv holds them"] if (note := left_out(effects)) else [],
     )
 
 
@@ -70,7 +72,7 @@ def site_summary(effects: Effects) -> Fitted:
     """Tabulate the effects of the whole activation, all features and the error alone, per hook point and position."""
     summary = effects.sites()
     columns = {
-        "hook point": [short_dictionary(name) for name in summary["sae"]],
+        "hook point": _places(list(zip(summary["sae"], summary["site"], strict=True)) if len(summary) else []),
         "position": [*map(str, summary["position"])],
         "changed\nfeatures": [*map(str, summary["changed_features"])],
     }
@@ -152,10 +154,20 @@ def checked(check: Check) -> Fitted:
 def _names(effects: Effects) -> dict[str, Sequence[str]]:
     """Return the columns that name the nodes of a table."""
     return {
-        "hook point": [short_dictionary(node.sae or node.site) for node in effects.nodes],
+        "hook point": _places([(node.sae, node.site) for node in effects.nodes]),
         "feature" if "feature" in {node.kind for node in effects.nodes} else "component": [*map(_named, effects.nodes)],
         "position": [str(node.position) for node in effects.nodes],
     }
+
+
+def _places(owned: Sequence[tuple[str, str]]) -> list[str]:
+    """Return short names of dictionaries and hook points, given those of each row; a dictionary at several shows each."""
+    several = {sae for sae, count in Counter(sae for sae, _ in set(owned)).items() if sae and count > 1}
+    names = {sae: "" if LAYER.match(sae) else f"{sae} " for sae in several}
+    return [
+        f"{names[sae]}{short_dictionary(site.removeprefix(f'{sae} '))}" if sae in several else short_dictionary(sae or site)
+        for sae, site in owned
+    ]
 
 
 def _named(node: Node) -> str:
@@ -295,8 +307,8 @@ def by_pair(check: Checklist, text: Callable[[int], str], most: int = 12) -> Tex
     """
     verdicts = check.verdicts()
     worst = sorted((p for p, verdict in enumerate(verdicts) if verdict != "pass"), key=lambda p: -SEVERITY[verdicts[p]])
-    said = counted(len(worst), "pair") if worst else "no pair"
-    lines = Text(f"{said} to look at{f', the first {most}' * (len(worst) > most)}", "bold")
+    said = f"{counted(len(worst), 'pair')} to look at{f', the first {most}' * (len(worst) > most)}"
+    lines = Text(said if worst else "every pair passes", "bold")
     for pair in worst[:most]:
         found = [f"\n  {f.rule}: {f.detail}" for f in check.findings if f.pair == pair and f.status != "pass"]
         lines.append(f"\npair {pair}, {verdicts[pair]}", COLOURS[verdicts[pair]])

@@ -226,12 +226,10 @@ class AdaptedCodec(Codec):
         """Return the hook points that were passed to `adapt`; None for any other object."""
         return (source.hook, source.hook_out) if isinstance(source, Adapted) else None
 
-    @torch.no_grad()
     def encode(self, x: torch.Tensor) -> Code:
         """Return the features and, if there is a skip path, its value as the state."""
         return Code(self._call("encode", x), {} if self.skip is None else {"skip": self._call("skip", x)})
 
-    @torch.no_grad()
     def decode(self, features: torch.Tensor, state: State) -> torch.Tensor:
         """Return the object's own reconstruction plus the skip path."""
         decoded = self._call("decode", features)
@@ -264,7 +262,8 @@ class AdaptedCodec(Codec):
         """Call a method on a copy, because it may work in place, and return a dense floating-point result."""
         given = x.to(device=self._like.device, dtype=self._like.dtype, copy=True)
         try:
-            made = (self.skip if verb == "skip" and self.skip else getattr(self.coder, verb))(given)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+                made = (self.skip if verb == "skip" and self.skip else getattr(self.coder, verb))(given)
         except Exception as error:
             raise FeatpatchError(
                 f"{self.kind}.{verb} fails on a tensor {list(x.shape)} of {given.dtype} ({type(error).__name__}: {error}): "

@@ -19,7 +19,7 @@ class CrossLayerTranscoder(Cross):
     """A cross-layer transcoder (CLT): the features of a layer read there, and write there and to every higher layer.
 
     a_l = act(W_enc_l x_l + b_enc_l), and y_m = sum over l <= m of W_dec_lm a_l + b_dec_m. Feature number k belongs to layer
-    k // features per layer. Pass it wherever SAEs are expected.
+    k // features per layer. Pass it as SAEs, except to functions of one hook point, such as `fp.do`.
 
     Args:
         W_enc: the encoders, `[layers, features, d_in]`, or a list with one `[features, d_in]` for each layer.

@@ -17,7 +17,7 @@ from featpatch.sae.matrices import values_of, write_tensors
 class Crosscoder(Cross):
     """A crosscoder: features that are read from several hook points together, and that write to several.
 
-    a = act(sum over l of x_l W_enc_l + b_enc), and y_m = a W_dec_m + b_dec_m. Pass it wherever SAEs are expected.
+    a = act(sum over l of x_l W_enc_l + b_enc), and y_m = a W_dec_m + b_dec_m. Pass it as SAEs, except to `fp.do` and the like.
 
     In some crosscoders a feature can be on at one hook point and off at another, because its pre-activation is compared after
     a factor that differs between them. Each of these values is a feature of its own: with a `threshold` or `scale` `[outputs,

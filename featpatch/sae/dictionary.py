@@ -114,25 +114,24 @@ class Dictionary:
         return Training.of(self.source)
 
     def elsewhere(self, lens: Lens) -> "list[Dictionary]":
-        """Return the same codec at its hook points in other layers, and at other hook points of its layer.
+        """Return the same codec in other layers and, if it reads and writes one hook point, at others of its layer."""
 
-        There are none for a dictionary that reads or writes several hook points.
-        """
-        if not self.single:
-            return []
-        hooks = [
-            (re.sub(r"^blocks\.\d+\.", start, self.reads), re.sub(r"^blocks\.\d+\.", start, self.writes))
-            for start in (f"blocks.{layer}." for layer in range(lens.n_layers))
-        ]
-        if self.reads == self.writes:
-            hooks += [(hook, hook) for hook in sites.beside(self.reads)]
-        else:
-            hooks += [(hook, self.writes) for hook in sites.beside(self.reads)]
-            hooks += [(self.reads, hook) for hook in sites.beside(self.writes)]
-        known = {(lens.site(reads), lens.site(writes)) for reads, writes in hooks if {reads, writes} <= set(lens.hook_points)}
-        return [
-            replace(self, inputs=(reads,), outputs=(writes,)) for reads, writes in sorted(known - {(self.reads, self.writes)})
-        ]
+        def moved(hooks: tuple[str, ...], by: int) -> tuple[str, ...]:
+            return tuple(re.sub(r"^blocks\.(\d+)\.", lambda at: f"blocks.{int(at[1]) + by}.", hook) for hook in hooks)
+
+        shifts = range(-lens.n_layers, lens.n_layers)
+        places = [(moved(self.inputs, by), moved(self.outputs, by)) for by in shifts]
+        if self.single and self.reads == self.writes:
+            places += [((hook,), (hook,)) for hook in sites.beside(self.reads)]
+        elif self.single:
+            places += [((hook,), self.outputs) for hook in sites.beside(self.reads)]
+            places += [(self.inputs, (hook,)) for hook in sites.beside(self.writes)]
+        known = {
+            (tuple(map(lens.site, inputs)), tuple(map(lens.site, outputs)))
+            for inputs, outputs in places
+            if {*inputs, *outputs} <= set(lens.hook_points)
+        }
+        return [replace(self, inputs=i, outputs=o) for i, o in sorted(known - {(self.inputs, self.outputs)})]
 
     @property
     def place(self) -> str:

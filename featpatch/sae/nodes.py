@@ -132,6 +132,8 @@ def check_nodes(lens: Lens, nodes: Any, owners: Sequence[Dictionary], name: str)
     if not chosen or not all(isinstance(node, Node) for node in chosen) or len(set(chosen)) < len(chosen):
         single = f"; write {name}=[...]" if isinstance(nodes, Node) else ""
         logit = "; write 'logits' for the output" if "logit" in chosen else ""
+        if strange := [node for node in chosen if not isinstance(node, Node)]:
+            single = f"; {strange[0]!r:.60} is none, write fp.feature(sae, 121) or fp.head(1, 3)"
         raise FeatpatchError(
             f"{name}={nodes!r}: expected a list of nodes, each once, or a table of effects, whose rows are then the nodes"
             f"{single}{logit}"

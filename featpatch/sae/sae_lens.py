@@ -112,7 +112,8 @@ class SaeCodec(Codec):
         metadata = source.cfg.metadata
         if not isinstance(metadata.hook_name, str) or not isinstance(metadata.hook_name_out or "", str):
             raise FeatpatchError(
-                "the metadata of an SAE names no hook point: expected the one that it reads; set sae.cfg.metadata.hook_name"
+                "the metadata of an SAE names no hook point: expected the one that it reads; set sae.cfg.metadata.hook_name, "
+                "or load it with fp.load_sae(folder, hook=...)"
             )
         if metadata.hook_head_index is not None:
             raise FeatpatchError(

@@ -23,9 +23,9 @@ def viewer(
     kept = [n for n, node in enumerate(nodes) if n in connected or node["feature_type"] in ("embedding", "logit")]
     words = graph.words or tuple(map(str, graph.prompt))
     own_scan, own_set = graph.source_set.partition("/")[::2]
-    metadata = head_of_file(
-        slug, scan or own_scan or graph.model, words, graph.text or "".join(words), source_set or ("" if scan else own_set)
-    )
+    name = graph.model.rstrip("/").rpartition("/")[2]  # the model can be a folder
+    source_set = source_set or ("" if scan else own_set)
+    metadata = head_of_file(slug, scan or own_scan or name, words, graph.text or "".join(words), source_set)
     metadata["generation_settings"] = {"max_n_logits": graph.kinds.logits, "max_feature_nodes": graph.kinds.features}
     if graph.pruning is not None:
         metadata["node_threshold"] = graph.pruning[0]

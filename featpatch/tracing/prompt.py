@@ -17,6 +17,8 @@ def prompt_of(lens: Lens, prompt: Any) -> tuple[tuple[int, ...], frozenset[int]]
     Raises:
         FeatpatchError: it is not a text, token ids or a pair, or the model does not know a token.
     """
+    if hasattr(prompt, "tolist") and prompt.shape[:-1] in ((), (1,)):  # such as model.to_tokens(text)
+        prompt = prompt.reshape(-1).tolist()
     if isinstance(prompt, Pair):
         pair = prompt
     elif isinstance(prompt, str) and prompt and lens.tokenizer is not None:
@@ -26,7 +28,7 @@ def prompt_of(lens: Lens, prompt: Any) -> tuple[tuple[int, ...], frozenset[int]]
         raise FeatpatchError(f"prompt={prompt!r:.60}, and {missing}: expected a text, or the token ids of one as a list")
     else:
         if not isinstance(prompt, (list, tuple)) or not prompt or not all(map(is_integer, prompt)):
-            raise FeatpatchError(f"prompt={prompt!r:.60}: expected a text, a list of token ids, or a pair such as pairs[0]")
+            raise FeatpatchError(f"prompt={prompt!r:.60}: expected a text, token ids of one prompt, or a pair such as pairs[0]")
         pair = _alone(tuple(map(int, prompt)))
     if not isinstance(prompt, Pair) and lens.n_ctx is not None and len(pair) > lens.n_ctx:
         raise FeatpatchError(

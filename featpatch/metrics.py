@@ -4,6 +4,7 @@ Larger values mean closer to the clean behaviour, so distances and ranks are neg
 clean run minus that in the corrupted run; effects are shares of it, so it must not be near zero.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from featpatch.errors import FeatpatchError, closest
+from featpatch.errors import FeatpatchError, FeatpatchWarning, closest
 from featpatch.metric_functions import FORMS, Logits, Metric, Values, called, name_of, reads_one_prompt
 
 FromClean = Callable[[Logits, Float[torch.Tensor, "1 d_vocab"]], Values]
@@ -307,8 +308,8 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
 METRIC = "logit_diff"
 """The default metric."""
 
-NEAR_ZERO = 1e-3
-"""A mean gap below this share of the metric's size is refused, and a pair with such a gap has no ratio of its own."""
+NEAR_ZERO, SMALL_GAP = 1e-3, 0.02
+"""The shares of the metric's size below which a mean gap is refused, and a pair has no ratio of its own, or warned of."""
 
 
 def size(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> float:
@@ -322,10 +323,12 @@ def with_gap(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> NDAr
 
 
 def check_gap(metric: str, clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> None:
-    """Raise a FeatpatchError if the mean gap, that of `clean - corrupted`, is too near zero for a ratio."""
-    gap = float(np.mean(clean - corrupted))
+    """Raise a FeatpatchError if the mean gap, that of `clean - corrupted`, is too near zero; warn if it is small."""
+    gap, values = float(np.mean(clean - corrupted)), f"{clean.mean():.6g} on clean and {corrupted.mean():.6g} on corrupted"
+    said = f"{metric} is {values} prompts, a mean gap of {gap:.3g}"
     if abs(gap) <= NEAR_ZERO * size(clean, corrupted):
         raise FeatpatchError(
-            f"{metric} is {clean.mean():.6g} on clean and {corrupted.mean():.6g} on corrupted prompts, a mean gap of "
-            f"{gap:.3g}: expected a gap large enough to normalise effects by; choose corruptions that change the answer"
+            f"{said}: expected a gap large enough to normalise effects by; choose corruptions that change the answer"
         )
+    if abs(gap) <= SMALL_GAP * size(clean, corrupted):
+        warnings.warn(f"{said}: effects are shares of this small gap; see pairs.check(model)", FeatpatchWarning, stacklevel=5)

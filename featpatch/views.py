@@ -19,6 +19,7 @@ from featpatch.model.facts import check_tokens
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Effect, Node, Position
+from featpatch.pairs.build import Prompt
 from featpatch.pairs.pair import Pair, token_index
 from featpatch.pairs.pairs import Pairs
 from featpatch.pairs.tokens import check_tokenizer
@@ -34,7 +35,7 @@ ROWS = 3
 
 @torch.no_grad()
 def active_features(
-    model: Any, saes: Any, prompt: str | Pair, *, effects: Effects | None = None, per_token: int = 5
+    model: Any, saes: Any, prompt: Prompt | Pair, *, effects: Effects | None = None, per_token: int = 5
 ) -> pd.DataFrame:
     """List the features that are active on each token of a prompt, strongest first.
 
@@ -44,7 +45,7 @@ def active_features(
     Args:
         model: a TransformerBridge or a HookedTransformer with a tokenizer.
         saes: the SAEs.
-        prompt: a text, or a pair, whose clean prompt is shown.
+        prompt: a text, its token ids, or a pair, whose clean prompt is shown.
         effects: a table of effects of features, whose recovery and degradation are added. They are exactly 0 if the feature is
             the same in both runs, and empty if it was not measured. An effect at a label is shown at the tokens of the label in
             this pair.
@@ -56,7 +57,7 @@ def active_features(
         the effects if they are given, and `promotes`.
 
     Raises:
-        FeatpatchError: the model has no tokenizer, the prompt is neither a text nor a pair, or the effects are those of other
+        FeatpatchError: the model has no tokenizer, the prompt is not valid, or the effects are those of other
             SAEs, or at labels while the prompt is a text.
 
     Examples:
@@ -126,13 +127,13 @@ def promoted(
 
 @torch.no_grad()
 def attention_pattern(
-    model: Any, prompt: str | Pair, layer: int, head: int, *, effects: Effects | None = None, title: str = ""
+    model: Any, prompt: Prompt | Pair, layer: int, head: int, *, effects: Effects | None = None, title: str = ""
 ) -> Any:
     """Plot the attention pattern of a head on a prompt, from each token (rows) to the tokens it attends to (columns).
 
     Args:
         model: a TransformerBridge or a HookedTransformer with a tokenizer.
-        prompt: a text, or a pair, whose clean and corrupted prompts, if it has both, are shown next to each other.
+        prompt: a text, its token ids, or a pair, whose clean and corrupted prompts, if it has both, are next to each other.
         layer, head: the head.
         effects: a table with effects of the head, such as one of `rank_components`, which are named in the title.
         title: the title; by default the head and its effects.
@@ -141,7 +142,7 @@ def attention_pattern(
         A `plotly.graph_objects.Figure`.
 
     Raises:
-        FeatpatchError: the model has no such head or no tokenizer, or the prompt is neither a text nor a pair.
+        FeatpatchError: the model has no such head or no tokenizer, or the prompt is not valid.
 
     Examples:
         >>> figure = fp.attention_pattern(model, pairs[0], layer=1, head=3, effects=components)
@@ -193,7 +194,7 @@ def _head_effects(effects: Effects | None, layer: int, head: int) -> list[str]:
     return said or ["the table of effects has no row of this head"]
 
 
-def _prompts(lens: Lens, prompt: str | Pair) -> tuple[list[tuple[int, ...]], frozenset[int]]:
+def _prompts(lens: Lens, prompt: Prompt | Pair) -> tuple[list[tuple[int, ...]], frozenset[int]]:
     """Return the token ids of a prompt, or of the prompts of a pair, and the positions of special tokens of the first.
 
     Raises:
@@ -207,7 +208,7 @@ def _prompts(lens: Lens, prompt: str | Pair) -> tuple[list[tuple[int, ...]], fro
     return [ids], special
 
 
-def _other_places(prompt: str | Pair) -> dict[int, int]:
+def _other_places(prompt: Prompt | Pair) -> dict[int, int]:
     """Return the position in the corrupted prompt of each token of the clean prompt that has one."""
     if not isinstance(prompt, Pair):
         return {}
@@ -217,7 +218,7 @@ def _other_places(prompt: str | Pair) -> dict[int, int]:
 
 
 def _effects(
-    effects: Effects, found: Sequence[Dictionary], prompt: str | Pair, length: int
+    effects: Effects, found: Sequence[Dictionary], prompt: Prompt | Pair, length: int
 ) -> dict[Effect, dict[tuple[str, int | None, int], float]]:
     """Return effects by SAE, feature and token; by None instead of a feature, 0 where a feature without a row is unchanged.
 

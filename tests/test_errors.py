@@ -1,10 +1,12 @@
 """Bad input: every message names the value, the expectation and the next step."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,7 +16,8 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import featpatch as fp
-from featpatch.errors import counted, listed
+from featpatch.errors import FeatpatchWarning, counted, listed
+from featpatch.metrics import check_gap
 from featpatch.model.transformer_lens import BridgeLens, wrap
 from featpatch.pairs.pair import spans
 from featpatch.pairs.tokens import PairsWarning
@@ -186,6 +189,12 @@ def test_saes_that_do_not_fit(bridge: Small, make: Callable[[], Any], message: s
 def test_options(bridge: Small, options: dict[str, Any], message: str) -> None:
     with pytest.raises(fp.FeatpatchError, match=message):
         fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge), **options)
+
+
+@pytest.mark.parametrize(("gap", "said"), [(0.05, None), (0.015, "a mean gap of 0.015: effects are shares of this small gap")])
+def test_a_small_gap_is_warned_of(gap: float, said: str | None) -> None:
+    with pytest.warns(FeatpatchWarning, match=said) if said else nullcontext():
+        check_gap("logit_diff", np.array([1.0, 1.0]), np.array([1.0, 1.0]) - gap)
 
 
 def test_a_gap_near_zero_is_refused(bridge: Small) -> None:

@@ -516,6 +516,7 @@ def test_labels_that_count_from_the_end(demo: Demo) -> None:
     ("label", "message"),
     [
         ({"span": "Paul"}, "label 'x': 'Paul' is not in"),
+        ("rink", "label 'x': 'rink' is only part of a word in 'Mary gave a drink to': expected text that occurs exactly once"),
         ({"text": "Mary"}, "label 'x': .* is not a valid label"),
         ({"span": 3}, "label 'x': 3 is not a valid label"),
         ({}, "label 'x': {} is not a valid label"),

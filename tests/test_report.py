@@ -139,6 +139,7 @@ def test_without_javascript_the_report_says_so(study: dict[str, Any], browser: A
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
     shown = " ".join(" ".join(str(node.get("name", {}).get("value", "")) for node in tree["nodes"]).split())
+    assert "ITables" not in shown
     for words in ("displayed without JavaScript", "writes next to its report", "allow scripts for this file"):
         assert (words in shown) != scripts
     assert "Which features of the model cause its answers in the task ioi?" in shown

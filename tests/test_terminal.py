@@ -105,6 +105,14 @@ def test_counts_agree_with_their_nouns(ranked: fp.Effects, number: int) -> None:
     assert f"estimates, then all {number} feature{'s' * (number != 1)} " in "\n".join(printed(terminal.planned(plan)))
 
 
+def test_the_layers_of_a_cross_layer_dictionary_are_told_apart() -> None:
+    """One whose name is not that of a hook point keeps it; one at a single hook point is named by that."""
+    sites = [f"blocks.{layer}.hook_mlp_out" for layer in (0, 1)]
+    owned = [("clt", sites[0]), ("clt", sites[1]), ("clt", "clt together"), ("", sites[0]), (sites[0], sites[0])]
+    assert terminal._places(owned) == ["clt L0 mlp_out", "clt L1 mlp_out", "clt together", "L0 mlp_out", "L0 mlp_out"]
+    assert terminal._places([(sites[0], site) for site in sites]) == ["L0 mlp_out", "L1 mlp_out"]
+
+
 def test_a_plan_patches_no_more_features_than_there_are() -> None:
     plan = Plan(1, 1, 1, 1, 1, 1.0, True, nodes=250, estimate_seconds=1.0, counted=2, pairs=2)
     for nodes, said in ((250, "200 + 50 of 250 features"), (200, "all 200 features"), (1000, "200 + 100 of 1,000 features")):

@@ -122,6 +122,18 @@ def test_attention_patterns(demo: Any, pairs: fp.Pairs, components: fp.Effects) 
     assert unknown.layout.title.text == "head 1.3<br>the table of effects has no row of this head"
 
 
+def test_prompts_as_token_ids(demo: Any, sae: Any) -> None:
+    """Those of `model.to_tokens`, one row of them, a list and a NumPy array are the text."""
+    tokens = demo.model.to_tokens(TEXT)
+    for prompt in (tokens, tokens[0], tokens[0].tolist(), tokens.numpy()):
+        pd.testing.assert_frame_equal(fp.active_features(demo.model, sae, prompt), fp.active_features(demo.model, sae, TEXT))
+        assert fp.attention_pattern(demo.model, prompt, 1, 3) == fp.attention_pattern(demo.model, TEXT, 1, 3)
+    graphs = [fp.attribution_graph(demo.model, demo.transcoders, prompt, size=5, progress=False) for prompt in (TEXT, tokens)]
+    assert graphs[0].prompt == graphs[1].prompt
+    with pytest.raises(fp.FeatpatchError, match="expected a text, token ids of one prompt, or a pair"):
+        fp.active_features(demo.model, sae, torch.cat([tokens, tokens]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

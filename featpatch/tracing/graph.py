@@ -21,6 +21,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.projections import rounding, wide
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import LOGITS, Node
+from featpatch.pairs.build import Prompt
 from featpatch.pairs.pair import Pair
 from featpatch.pairs.tokens import AnswerTokens
 from featpatch.sae.dictionary import Dictionary, dictionaries
@@ -41,7 +42,7 @@ CHOSEN = 2048
 def attribution_graph(
     model: Any,
     transcoders: Any,
-    prompt: str | Sequence[int] | Pair,
+    prompt: Prompt | Pair,
     *,
     targets: Sequence[str | int] | None = None,
     size: int | None = None,

@@ -24,6 +24,7 @@ from featpatch.model.lens import Lens
 from featpatch.model.projections import rounding, wide
 from featpatch.model.transformer_lens import wrap
 from featpatch.nodes import Node, Position, numbered
+from featpatch.pairs.build import Prompt
 from featpatch.pairs.pair import Pair, token_index
 from featpatch.sae.codec import Split
 from featpatch.sae.dictionary import Dictionary, dictionaries
@@ -111,7 +112,7 @@ def _said(part: Part) -> str:
 
 @torch.no_grad()
 def qk_attribution(
-    model: Any, saes: Any, prompt: str | list[int] | Pair, layer: int, head: int, *, query: Position = -1, key: Position
+    model: Any, saes: Any, prompt: Prompt | Pair, layer: int, head: int, *, query: Position = -1, key: Position
 ) -> QueryKeyAttribution:
     """Attribute the attention score of a head to pairs of a feature at the query position and one at the key position.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from featpatch.errors import FeatpatchError, check_choices, check_numbers, closest, is_integer
 from featpatch.nodes import Node, Position
-from featpatch.sites import BRIDGE, COMPONENTS, component, is_component
+from featpatch.sites import BRIDGE, COMPONENTS, OUTPUTS, component, is_component
 
 OF_HEADS = ("z", "result", "q", "k", "v", "pattern")
 """The components that are values of single heads."""
@@ -101,7 +101,7 @@ def named_with_layers(names: Any, positions: Any) -> tuple[list[str], list[int]]
         return None
     for name, layer in full:
         if name not in (*COMPONENTS, *SHORT):
-            near = closest(name, list(COMPONENTS.values()))
+            near = f"; did you mean {OUTPUTS[name]!r}?" if name in OUTPUTS else closest(name, list(COMPONENTS.values()))
             raise FeatpatchError(
                 f"sites={given}: expected hook points of components, blocks.{layer}. and one of "
                 f"{', '.join(dict.fromkeys(COMPONENTS.values()))}{near}"

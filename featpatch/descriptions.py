@@ -260,7 +260,7 @@ def check_texts(texts: Any) -> None:
     several = isinstance(texts, Iterable) and isinstance(texts, Sized) and not isinstance(texts, str)
     if not several or not len(texts) or not all(isinstance(text, str) for text in texts):
         raise FeatpatchError(
-            f"texts={texts!r:.60}: expected a list of at least one document, to find what activates the features"
+            f"texts is a {type(texts).__name__}: expected a list of at least one text, to find what activates the features"
         )
 
 

@@ -265,9 +265,8 @@ def find(metric: str | Metric, refused: Collection[str] = SEQUENCES, use: str = 
     if measure is None or measure.name in refused:
         what = "unknown" if measure is None else f"not supported {use}"
         accepted = ", ".join(name for name in every if name not in refused)
-        raise FeatpatchError(
-            f"metric {metric!r} is {what}: expected one of {accepted}, or a function {FORMS}{closest(metric, list(every))}"
-        )
+        near = closest(metric, list(every))
+        raise FeatpatchError(f"metric {metric!r} is {what}: expected one of {accepted}, or a function {FORMS}{near}")
     return measure
 
 
@@ -308,7 +307,7 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
 METRIC = "logit_diff"
 """The default metric."""
 
-NEAR_ZERO, SMALL_GAP = 1e-3, 0.02
+NEAR_ZERO, SMALL_GAP, CANCELLED = 1e-3, 0.02, 0.5
 """The shares of the metric's size below which a mean gap is refused, and a pair has no ratio of its own, or warned of."""
 
 
@@ -327,8 +326,7 @@ def check_gap(metric: str, clean: NDArray[np.float64], corrupted: NDArray[np.flo
     gap, values = float(np.mean(clean - corrupted)), f"{clean.mean():.6g} on clean and {corrupted.mean():.6g} on corrupted"
     said = f"{metric} is {values} prompts, a mean gap of {gap:.3g}"
     if abs(gap) <= NEAR_ZERO * size(clean, corrupted):
-        raise FeatpatchError(
-            f"{said}: expected a gap large enough to normalise effects by; choose corruptions that change the answer"
-        )
-    if abs(gap) <= SMALL_GAP * size(clean, corrupted):
-        warnings.warn(f"{said}: effects are shares of this small gap; see pairs.check(model)", FeatpatchWarning, stacklevel=5)
+        raise FeatpatchError(f"{said}: expected a gap large enough to normalise effects by; choose other corruptions")
+    if abs(gap) <= max(SMALL_GAP * size(clean, corrupted), CANCELLED * np.abs(clean - corrupted).mean()):
+        odd = f"{int(((clean - corrupted) * gap < 0).sum())} of {len(clean)} pairs have a gap of the other sign"
+        warnings.warn(f"{said}; {odd}: effects are shares of it; see pairs.check(model)", FeatpatchWarning, stacklevel=5)

@@ -361,7 +361,7 @@ def _misfit(lens: Lens, dictionary: Dictionary, runs: Runs, near: Runs, pairs: P
         return ("no other hook point fits: " if _near(lens, dictionary) else "") + (
             f"{other}; load the model with processing={sorted(said.processing)}"
             if other
-            else "it was probably undertrained, or trained on another model of this width or on activations of another scale; "
+            else "it was probably undertrained, or trained on other text, another model of this width or other activations; "
             "check its source and the numbers reported for its training"
         )
     return ""

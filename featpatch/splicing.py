@@ -179,7 +179,7 @@ def _documents(lens: Lens, model: Any, prompts: Any) -> list[Document]:
         return [Document(torch.tensor(pair.clean), ~torch.tensor(mask)) for pair, mask in zip(prompts, special, strict=True)]
     texts = list(prompts) if isinstance(prompts, (list, tuple)) else []
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise FeatpatchError(f"prompts={prompts!r:.60}: expected pairs or a list of at least one text")
+        raise FeatpatchError(f"prompts is a {type(prompts).__name__}: expected pairs, or a list of at least one text")
     check_tokenizer(lens.tokenizer, "for texts instead of pairs")
     return [Document.of(lens.tokenizer, ids) for ids in ids_of(model, texts, lens.n_ctx)]
 

@@ -531,7 +531,7 @@ def test_other_models_saes_and_pairs_are_refused(bridge: Small) -> None:
         ({"saes": linear(PRE)}, "differs from that of the effects"),
         (
             {"saes": bridge.at("blocks.1.hook_attn_out")},
-            "the SAEs are at 'blocks.1.hook_attn_out': expected one of the residual",
+            "the SAEs are at 'blocks.1.hook_attn_out': expected one SAE of the residual",
         ),
     ):
         with pytest.raises(fp.FeatpatchError, match=message):

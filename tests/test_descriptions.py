@@ -138,7 +138,7 @@ class Numbers:
 def test_what_is_refused(demo: Demo) -> None:
     node = fp.Node(SITE, "feature", 0, "all", SITE)
     for saes, texts, message in (
-        (demo.saes, [], r"texts=\[\]: expected a list of at least one document"),
+        (demo.saes, [], "texts is a list: expected a list of at least one text"),
         (demo.saes, [""], "the texts hold only special tokens"),
         ([s for s in demo.saes if s.cfg.metadata.hook_name != SITE], ["Tom"], r"belongs to 0 of the SAEs passed"),
     ):
@@ -146,7 +146,7 @@ def test_what_is_refused(demo: Demo) -> None:
             fp.max_activating(demo.model, saes, [node], texts)
     with pytest.raises(fp.FeatpatchError, match=r"expected a feature of 'blocks.*, from 0 to \d+"):
         fp.max_activating(demo.model, demo.saes, [fp.Node(SITE, "feature", 10**6, "all", SITE)], ["Tom"])
-    with pytest.raises(fp.FeatpatchError, match="texts='Tom': expected a list"):
+    with pytest.raises(fp.FeatpatchError, match="texts is a str: expected a list"):
         fp.max_activating(demo.model, demo.saes, [node], "Tom")
 
 
@@ -157,5 +157,5 @@ def test_texts_may_be_a_column(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [fp.feature(sae, 433)]
     column = fp.max_activating(demo.model, sae, nodes, pd.Series(texts))
     assert repr(column) == repr(fp.max_activating(demo.model, sae, nodes, texts))
-    with pytest.raises(fp.FeatpatchError, match="texts=<generator .*: expected a list of at least one document"):
+    with pytest.raises(fp.FeatpatchError, match="texts is a generator: expected a list of at least one text"):
         fp.max_activating(demo.model, sae, nodes, (text for text in texts))  # type: ignore[arg-type]

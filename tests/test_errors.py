@@ -83,7 +83,7 @@ def test_tokens_of_unequal_length(bridge: Small) -> None:
     [
         ("{not json}\n", "line 1: '{not json}' is not JSON"),
         ('{"clean": "a"}\n', "line 1: .* lacks corrupted, correct, wrong: expected"),
-        ('\n"a"\n', "line 2: .* lacks clean"),
+        ('\n"a"\n', "line 2: .* is a str: expected one object per line"),
         ("\n", "is empty: expected one JSON object per line"),
         ('{"clean": null, "corrupted": "a", "correct": "b", "wrong": "c"}', "line 1: clean is None in .*: expected a string"),
         (
@@ -180,7 +180,7 @@ def test_saes_that_do_not_fit(bridge: Small, make: Callable[[], Any], message: s
         ({"metric": lambda logits, correct, wrong: logits[:, 0] * torch.nan}, r"metric '<lambda>' returned NaN"),
         (
             {"metric": lambda logits, correct, wrong: logits[:, 0] * 0 + 2},
-            r"a mean gap of 0: expected a gap .*choose corruptions",
+            r"a mean gap of 0: expected a gap .*choose other corruptions",
         ),
         ({"directions": ()}, r"directions=\(\): expected"),
         ({"directions": ("forward",)}, r"directions=\('forward',\): expected 'denoising', 'noising' or both"),
@@ -191,10 +191,20 @@ def test_options(bridge: Small, options: dict[str, Any], message: str) -> None:
         fp.rank_features(bridge.model, bridge.at(SITE), pairs_of(bridge), **options)
 
 
-@pytest.mark.parametrize(("gap", "said"), [(0.05, None), (0.015, "a mean gap of 0.015: effects are shares of this small gap")])
+@pytest.mark.parametrize(
+    ("gap", "said"), [(0.05, None), (0.015, "a mean gap of 0.015; 0 of 2 pairs have a gap of the other sign: effects")]
+)
 def test_a_small_gap_is_warned_of(gap: float, said: str | None) -> None:
     with pytest.warns(FeatpatchWarning, match=said) if said else nullcontext():
         check_gap("logit_diff", np.array([1.0, 1.0]), np.array([1.0, 1.0]) - gap)
+
+
+def test_gaps_that_cancel_are_warned_of() -> None:
+    """As with answers that are swapped in a quarter of the pairs, but not in an eighth."""
+    clean = np.array([12.0] * 6 + [-12.0] * 2)
+    with pytest.warns(FeatpatchWarning, match="a mean gap of 6; 2 of 8 pairs have a gap of the other sign: effects are shares"):
+        check_gap("logit_diff", clean, 0 * clean)
+    check_gap("logit_diff", np.abs(clean) * [1, 1, 1, 1, 1, 1, 1, -1], 0 * clean)
 
 
 def test_a_gap_near_zero_is_refused(bridge: Small) -> None:
@@ -396,16 +406,16 @@ assert {type(key) for key in spans(pair, [np.int64(1)])} == {int}
 for bad, message in (
     (lambda: fp.Pair((1,), (2,), (3,), (4,), labels={"S2": "0"}), "label 'S2' is at '0': expected an integer"),
     (lambda: fp.Node("blocks.0.hook_resid_pre", "latent"), "node kind 'latent' is unknown: expected one of feature, error"),
-    (lambda: fp.rank_components(None, [pair]), "pairs is a list: expected Pairs"),
-    (lambda: fp.ablate(None, [pair]), "pairs is a list: expected Pairs"),
+    (lambda: fp.rank_components(None, [pair]), "pairs is a list: expected fp.Pairs"),
+    (lambda: fp.ablate(None, [pair]), "pairs is a list: expected fp.Pairs"),
     (lambda: fp.Patch(node), "expected a list of Node"),
     (lambda: fp.Patch([node, "x"]), "expected a list of Node"),
     (lambda: fp.do(None, node, pair=pair).__enter__(), "patch is of type Node: expected an fp.Patch, which holds the nodes to patch; write"),
     (lambda: fp.feature([object()], 3), "pass a single SAE of the list here"),
     (lambda: spans(pair, 3), "positions=3: expected 'all', 'each' or a list of labels and indices such as ['S2', 0]; write positions=[3]"),
-    (lambda: fp.rank_features(None, None, [pair]), "pairs is a list: expected Pairs"),
-    (lambda: fp.check(None, None, None), "pairs is a NoneType: expected Pairs, e.g. from Pairs.from_prompts"),
-    (lambda: fp.check(None, None, [pair]), "pairs is a list: expected Pairs"),
+    (lambda: fp.rank_features(None, None, [pair]), "pairs is a list: expected fp.Pairs"),
+    (lambda: fp.check(None, None, None), "pairs is a NoneType: expected fp.Pairs, such as fp.Pairs.from_prompts"),
+    (lambda: fp.check(None, None, [pair]), "pairs is a list: expected fp.Pairs"),
 ):
     try:
         bad()

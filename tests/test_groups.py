@@ -295,7 +295,7 @@ def test_damaged_labels(small: Small, tmp_path: Path, content: bytes, said: str)
         ("table", {"similarity": "site", "texts": ["a"]}, "expected no texts"),
         ("table", {"labels": {fp.head(0, 1): ""}}, "expected a text for each node"),
         ("table", {"labels": {fp.feature("blocks.0.hook_resid_pre", 1): "a"}}, "labels of 1 node, none of which is among"),
-        ("table", {"texts": "a"}, "expected a list of at least one document"),
+        ("table", {"texts": "a"}, "expected a list of at least one text"),
         ("own", {"similarity": "effects"}, "groups of your own with similarity"),
         ({}, {}, "expected groups by name"),
         ({"": []}, {}, "expected groups by name"),

@@ -140,6 +140,15 @@ def test_csv_files_that_are_refused(words: Any, tmp_path: Path, content: str, me
         fp.Pairs.from_csv(words, tmp_path / "p.csv")
 
 
+def test_lines_of_json_that_are_no_pairs(words: Any, tmp_path: Path) -> None:
+    (tmp_path / "array.jsonl").write_text("[]")
+    with pytest.raises(fp.FeatpatchError, match="line 1: '\\[\\]' is a list: expected one object per line with clean"):
+        fp.Pairs.from_jsonl(words, tmp_path / "array.jsonl")
+    (tmp_path / "like.jsonl").write_text('{"clean": "a", "corrupt": "b", "correct": "c", "wrong": "d"}')
+    with pytest.raises(fp.FeatpatchError, match="lacks corrupted: expected an object with .*; did you mean 'corrupt'"):
+        fp.Pairs.from_jsonl(words, tmp_path / "like.jsonl")
+
+
 IMPORTERS = ["from_jsonl", "from_csv", "from_feature_circuits", "from_eap_ig", "from_auto_circuit"]
 
 

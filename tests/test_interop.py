@@ -47,6 +47,7 @@ def test_names_of_hook_points(hooked: Small, sites: Any, layers: Any, name: str,
     ("sites", "layers", "message"),
     [
         ([Z, "blocks.2.hook_mlp_out"], None, r"expected, with full names of hook points, each component in the same layers"),
+        ("blocks.1.mlp.hook_out", None, "did you mean 'hook_mlp_out'?"),
         ([Z, "z"], None, r"expected, with full names of hook points, each component in the same layers and nothing else"),
         (
             Z,

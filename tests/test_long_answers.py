@@ -74,7 +74,6 @@ def test_answers_are_sequences_in_both_cases() -> None:
             r"answer_position is 0 and the answers have several tokens: expected the last position, 1, because",
         ),
         ({"answer_position": -2}, r"answer_position is 0 and the answers have several tokens: expected the last position"),
-        ({"correct_sequences": (), "wrong_sequences": ()}, r"correct=\(\), wrong=\(\): expected at least one correct answer"),
     ],
 )
 def test_answers_that_are_refused(changed: dict[str, Any], message: str) -> None:

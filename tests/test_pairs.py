@@ -540,6 +540,22 @@ def test_spans_that_are_refused(demo: Demo, label: Any, message: str) -> None:
         )  # fmt: skip
 
 
+def test_pairs_without_answers(small: Small) -> None:
+    """Metrics that read none give what they give beside answers; metrics that read them, and a wrong one alone, are refused."""
+    some = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)
+    none = fp.Pairs.from_tokens(small.clean, small.corrupted)
+    for metric in ("neg_kl", lambda logits: logits[:, -1, 5]):
+        one, other = (fp.rank_components(small.model, p, sites="z", metric=metric, progress=False) for p in (some, none))
+        torch.testing.assert_close(one.denoised, other.denoised, rtol=0, atol=0)
+    with pytest.raises(fp.FeatpatchError, match="a prompt has no answers, and logit_diff reads them"):
+        fp.rank_components(small.model, none, progress=False)
+    with pytest.raises(fp.FeatpatchError, match="expected at least one correct answer"):
+        fp.Pair((1, 2), (1, 3), (), (4,))
+    outputs = [found for found in none.check(small.model).findings if found.rule in ("output", "answers", "gap")]
+    assert {(found.status, found.detail) for found in outputs if found.rule != "gap"} == {("pass", "no answers")}
+    assert {found.status for found in outputs} == {"pass"}
+
+
 def test_pairs_without_wrong_answers(small: Small) -> None:
     """Factual recall: metrics of the correct answer alone give what they give beside wrong answers; others are refused."""
     with_wrong = fp.Pairs.from_tokens(small.clean, small.corrupted, small.correct, small.wrong)

@@ -444,7 +444,7 @@ def test_errors(study: dict[str, Any], tmp_path: Path) -> None:
         (lambda: fp.report(effects, tmp_path / "r", texts=["a"]), "texts without saes: expected SAEs"),
         (
             lambda: fp.report(effects, tmp_path / "r", model=model, pairs=pairs, saes=study["saes"], texts="text"),
-            "texts='text': expected a list of at least one document",
+            "texts is a str: expected a list of at least one text",
         ),
         (lambda: effects.plot.heatmap(kind="neuron"), "no row of kind 'neuron': expected one of"),
         (lambda: effects.with_threshold(3.0), "threshold=3.0: expected a number between 0 and 1"),

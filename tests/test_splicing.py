@@ -149,8 +149,8 @@ def test_the_table(bridge: Small) -> None:
 @pytest.mark.parametrize(
     ("prompts", "match"),
     [
-        ("a text", "prompts='a text': expected pairs or a list of at least one text"),
-        ([], r"prompts=\[\]: expected pairs or a list"),
+        ("a text", "prompts is a str: expected pairs, or a list of at least one text"),
+        ([], "prompts is a list: expected pairs, or a list"),
         (["a text"], "the model has no tokenizer: expected one for texts"),
         (PROMPTS[1:2], "no prompt has two tokens in a row that are not special"),
         (fp.Pairs((fp.Pair((3,), (4,), (5,), (6,)),)), "no prompt has two tokens in a row"),

@@ -125,6 +125,14 @@ def test_top_heads_tell_which_whole_activations_they_leave_out() -> None:
         assert "not shown" not in repr(without)
 
 
+def test_two_saes_at_one_hook_point_are_told_apart() -> None:
+    nodes = [fp.Node("blocks.1.hook_resid_pre", "feature", 3, "end", f"blocks.1.hook_resid_pre{name}") for name in ("", "#2")]
+    values, metadata = np.ones(2), {"metric": "m", "metrics": ["m"], "directions": ["denoising"], "unit": "gap"}
+    table = fp.Effects(tuple(nodes), np.ones(1), np.zeros(1), np.arange(2), np.zeros(2, dtype=int), values, values, metadata)
+    assert "blocks.1.hook_resid_pre#2" in repr(table)
+    assert " sae " not in repr(table.take([0]))
+
+
 def test_a_loaded_model_is_told_in_a_few_lines(results: dict[str, Any]) -> None:
     lines = repr(results["Loaded"]).splitlines()
     assert len(lines) == 3

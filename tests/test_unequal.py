@@ -190,7 +190,7 @@ def test_the_check_of_saes_cuts_prompts_to_the_shorter_one(hooked: Small) -> Non
 def test_joining(hooked: Small) -> None:
     one, other = PAIRS[:1], PAIRS[1:]
     assert one + other == PAIRS
-    with pytest.raises(fp.FeatpatchError, match="pairs is a tuple: expected Pairs"):
+    with pytest.raises(fp.FeatpatchError, match="pairs is a tuple: expected fp.Pairs"):
         one + PAIRS.pairs
 
 

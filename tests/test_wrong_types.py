@@ -101,7 +101,9 @@ REFUSING: dict[str, Callable[[Small, fp.Pairs, fp.Effects, Any], Any]] = {
     "Pairs.check": lambda small, pairs, effects, x: pairs.check(x),
     "Pairs.drop": lambda small, pairs, effects, x: pairs.drop(x),
     "from_tokens": lambda small, pairs, effects, x: fp.Pairs.from_tokens(x, x, [3], [4]),
-    "from_tokens answers": lambda small, pairs, effects, x: fp.Pairs.from_tokens(small.clean, small.corrupted, x, x),
+    "from_tokens answers": lambda small, pairs, effects, x: fp.Pairs.from_tokens(
+        small.clean, small.corrupted, [] if x is None else x, x or [3]
+    ),
     "from_prompts": lambda small, pairs, effects, x: fp.Pairs.from_prompts(small.model, clean=x, corrupted=x, correct=x),
     "from_jsonl": lambda small, pairs, effects, x: fp.Pairs.from_jsonl(small.model, x),
     "from_csv": lambda small, pairs, effects, x: fp.Pairs.from_csv(small.model, x),

@@ -42,7 +42,7 @@ class Circuit(Plotted):
     Attributes:
         graph: the graph, in which the complement can be ablated.
         items: the items of the circuit, the most important first if the search ranks them.
-        scores: the scores by which all items of the graph were ranked, exact or estimated (see `metadata`); empty if the
+        scores: the scores by which all items of the graph were ranked, in the order of `graph.items`; empty if the
             search ranked nothing.
         metadata: how the circuit was found, and its provenance.
         again: a function that finds a circuit in the same way for other pairs.

@@ -36,7 +36,7 @@ def check_complement(to: object, pairs: object) -> None:
         check_unmixed(check_pairs(pairs))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class CleanRuns(ABC):
     """The clean runs of some pairs, one for each reading of the metric.
 

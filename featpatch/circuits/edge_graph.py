@@ -47,7 +47,7 @@ PATCHED_AT_ONCE = 80
 """The largest number of tokens of pairs whose edges are patched together, unless a single prompt is longer."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class EdgeGraph(EdgeRuns):
     """The graph of all edges between a model's components and mediators, whose scores can be estimated."""
 

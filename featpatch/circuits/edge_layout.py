@@ -16,7 +16,7 @@ from featpatch.model.projections import INSIDE
 from featpatch.nodes import LOGITS, Edge, Node
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class EdgeLayout(Graph):
     """The edges between a model's components and mediators.
 

@@ -69,7 +69,7 @@ class Run:
         return self.ablation_values[node].to(output) - output
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class EdgeRuns(EdgeLayout):
     """Runs in which any edges are ablated, layer by layer."""
 

@@ -65,7 +65,7 @@ def announcing(bar: "tqdm[Any]", cost: int, busy: Callable[[], float]) -> Callab
     return done
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Graph(CleanRuns):
     """The clean runs of some pairs, in which all items that are not kept are ablated.
 

@@ -21,7 +21,7 @@ from featpatch.nodes import Edge, Node
 from featpatch.sae.codec import Split
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class NodeGraph(NodeRuns):
     """The graph of candidate nodes, whose scores can be estimated."""
 
@@ -75,7 +75,7 @@ class NodeGraph(NodeRuns):
         return torch.where(self._ablatable(some)[0].to(clean.device), fixed, clean)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _Gradients:
     """Gradients where dictionaries and other hook points write, in runs of equally long prompts with all candidates kept.
 

@@ -33,7 +33,7 @@ Mask = Bool[torch.Tensor, "circuits pairs pos _"]
 """A mask of what is ablated; the last dimension is features, heads, or 1."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class NodeRuns(Graph):
     """The runs in which candidate nodes are kept or ablated.
 

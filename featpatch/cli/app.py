@@ -101,6 +101,7 @@ PHRASES = {
     r"values: '[^']* feature (\d+) @ all'": r"--feature \1",
     r"\) with (screen|journal|executor): ": r") with --\1: ",
     r"pass journal='work.journal' to": "pass --journal FILE to",
+    r"pass long_answers=True \(.*?\) and metric='sequence_log_prob_diff'": "pass --metric sequence_log_prob_diff",
     r"the same call with it": "the same command",
     r"(can't be written \((?!No space left).*?\)): expected a folder with write permission and free disk space; an existing "
     r"file is left unchanged; free some space, or": r"\1: expected a folder that can be written to;",

@@ -10,7 +10,7 @@ import typer
 import featpatch as fp
 from featpatch.cli import options as of
 from featpatch.cli.app import RANK, SCALE, app, bars, clear_errors, console
-from featpatch.cli.output import Output, show
+from featpatch.cli.output import Output, in_json, show
 from featpatch.errors import counted
 from featpatch.sites import COMPONENTS, DEFAULT_COMPONENTS
 
@@ -151,7 +151,6 @@ def stream(
     Example: featpatch stream --model gpt2 --sae gpt2-small-res-jb/blocks.8.hook_resid_pre --pairs pairs.jsonl --block 500
     """
     with clear_errors():
-        from featpatch.cli.output import in_json
         from featpatch.reporting.terminal import ranked
 
         claimed = Output.open(out)

@@ -74,9 +74,9 @@ class ContributionTables:
         stream = {dictionary.name: dictionary for dictionary in found if reads_stream(dictionary)}
         if not stream:
             raise FeatpatchError(
-                f"the SAEs are at {', '.join(dictionary.place for dictionary in found)}: expected one of the residual stream "
-                "(hook_resid_pre, _mid or _post), which components write to; pass such SAEs, or compare without model, saes "
-                "and pairs"
+                f"the SAEs are at {', '.join(dictionary.place for dictionary in found)}: expected one SAE of the residual "
+                "stream alone (hook_resid_pre, _mid or _post), which components write to; pass such SAEs, or compare without "
+                "model, saes and pairs"
             )
         writers = Writers.of(lens, pairs[0])
         able = {writer for dictionary in stream.values() for writer in writers.before(dictionary.reads)[1:]}

@@ -42,9 +42,8 @@ def left_out(effects: Measured) -> str:
     """Return a note on the whole activations of a table of components if the rows hold none, as top heads do; or no text."""
     whole = effects.whole
     rest = whole.take([row for row, node in enumerate(whole.nodes) if node.kind == "activation"])
-    if not len(rest) or {"feature", "activation"} & {
-        node.kind for of in (effects, whole.take(whole.ranked)) for node in of.nodes
-    }:
+    kinds = {node.kind for of in (effects, whole.take(whole.ranked)) for node in of.nodes}
+    if not len(rest) or {"feature", "activation"} & kinds:
         return ""
     values = np.nan_to_num(rest.pooled(effects.directions_run()[0]))
     largest = f"{rest.nodes[values.argmax()]} ({number(values.max())})"

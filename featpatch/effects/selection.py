@@ -38,9 +38,8 @@ def sorting(by: str | None, run: Sequence[Effect], metrics: Sequence[str] = ()) 
         return run[0], "all"
     if by not in known:
         advice = f"; for the effects on the metric {by}, write effects.for_metric({by!r}).top(...)" if by in metrics else ""
-        raise FeatpatchError(
-            f"by={by!r}: expected one of the measured effects, {', '.join(known)}{advice or closest(by, list(known))}"
-        )
+        near = advice or closest(by, list(known))
+        raise FeatpatchError(f"by={by!r}: expected one of the measured effects, {', '.join(known)}{near}")
     return known[by]
 
 

@@ -340,7 +340,8 @@ class Effects(Measured):
         table = frames.brief(first)
         pooled = ["pairs"] if set(table["pairs"]) <= {len(self.clean)} else []
         beside = [name for name in table if WHERE_CHANGED in name]  # in to_pandas(); here the lines would be too long
-        shown = text(table.drop(columns=["sae", *pooled, "value", "unit", "route", *beside], errors="ignore"))
+        owner = [] if any("#" in node.sae for node in first.nodes) else ["sae"]  # only it tells SAEs at one hook point apart
+        shown = text(table.drop(columns=[*owner, *pooled, "value", "unit", "route", *beside], errors="ignore"))
         more = f", the first {len(first)} of" if len(self) > len(first) else ","
         note = f"\n{said}; top(kind=None) ranks them too" if (said := frames.left_out(self)) else ""
         return f"{self._headline()}{more} {counted(len(self), 'row')}:\n{shown}{note}"

@@ -48,7 +48,7 @@ RULES = {
     "answers": "choose answers that are words of the tokenizer, and none that is the beginning of an answer on the other side",
     "labels": "label the same positions in every pair, so that effects add up",
     "duplicate": "drop all but one",
-    "gap": "drop it, or accept that it contributes little to the mean",
+    "gap": "drop it; below 0 the prompts or the answers may be swapped, and it cancels out other pairs",
 }
 """The rules of the checklist, each with advice for pairs that do not pass it."""
 
@@ -171,9 +171,7 @@ def check(
         """Return the metric (0 for answers of several tokens) and the surprise at the changed tokens."""
         pair, known = pairs[index // 2], range(logits.shape[-1])
         if odd := [token for side in pair.answers for answer in side for token in answer if token not in known]:
-            raise FeatpatchError(
-                f"pair {index // 2} has answer ids {odd}: expected 0 to {known[-1]}, ids of the model's tokenizer"
-            )
+            raise FeatpatchError(f"pair {index // 2} has answer ids {odd}: expected 0 to {known[-1]}, ids of the model")
         told = _told(logits, pair, measure if pair.wrong else find("log_prob")) if pair.correct else 0.0
         return told, _surprise(logits, prompts[index], differing(pair))
 
@@ -278,6 +276,8 @@ def _start(pair: Pair, first: int | None, tokenizer: Any) -> Outcome:
 
 
 def _output(clean: float, corrupted: float, pair: Pair) -> Outcome:
+    if not pair.answers[0]:
+        return "pass", "no answers"
     if not pair.answers[1]:
         return ("pass" if clean > corrupted else "fail"), f"log p(right) {clean:.2f} on clean, {corrupted:.2f} on corrupted"
     detail = f"metric {clean:.2f} on clean, {corrupted:.2f} on corrupted"

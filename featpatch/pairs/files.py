@@ -98,10 +98,14 @@ def _numbered(path: str | Path, lines: Iterable[str]) -> Iterator[tuple[str, str
 
 def _objects(lines: Mapping[str, str], needed: Sequence[str]) -> Rows:
     def parse(line: str) -> dict[str, Any]:
-        row = parsed(line, "one object per line")
-        missing = [field for field in needed if not isinstance(row, dict) or field not in row]
+        row = parsed(line, "one object per line; for a CSV file, use fp.Pairs.from_csv")
+        if not isinstance(row, dict):
+            raise FeatpatchError(
+                f"{line[:60]!r} is a {type(row).__name__}: expected one object per line with {', '.join(needed)}"
+            )
+        missing = [field for field in needed if field not in row]
         if missing:
-            near = closest(missing[0], [field for field in row if field not in needed]) if isinstance(row, dict) else ""
+            near = closest(missing[0], [field for field in row if field not in needed])
             raise FeatpatchError(f"{line[:60]!r} lacks {', '.join(missing)}: expected an object with {', '.join(needed)}{near}")
         return row
 

@@ -235,7 +235,7 @@ class Pair:
                 )
             if not all(sequences):
                 raise FeatpatchError(f"{given}: expected at least one token in each answer")
-        if not self.answers[0] and (self.answers[1] or self.has_counterfactual):
+        if self.answers[1] and not self.answers[0]:
             raise FeatpatchError(f"{given}: expected at least one correct answer")
         if set(self.answers[0]) & set(self.answers[1]):
             raise FeatpatchError(f"{given}: expected no answer to be both correct and wrong; remove it from one of the two")

@@ -290,7 +290,7 @@ def check_pairs(pairs: Any, *, by_label: bool = False, **others: Any) -> Pairs:
             f"arguments, or write pairs=..., {swapped}=..."
         )
     if not isinstance(pairs, Pairs):
-        raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected Pairs, e.g. from Pairs.from_prompts or Pairs(tuple)")
+        raise FeatpatchError(f"pairs is a {type(pairs).__name__}: expected fp.Pairs, such as fp.Pairs.from_prompts(...)")
     if not by_label:
         check_by_position(pairs)
     return pairs

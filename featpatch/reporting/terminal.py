@@ -64,7 +64,7 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
         numbers=[*numbers, "pairs", changed],
         spare=[header for header in (changed, *list(numbers)[:0:-1], "pairs") if header in columns and header not in first],
         legend=legend,
-        notes=[f"{note}; effects.csv holds them"] if (note := left_out(effects)) else [],
+        notes=[note] if (note := left_out(effects)) else [],
     )
 
 

@@ -33,7 +33,7 @@ class PlainConsole(Console):
         return super().render_str(visible(text), **options)
 
 
-NARROW = 12
+NARROW = 15
 """The number of characters that remain of a name that is cut off, at least."""
 
 GAP = 1

@@ -194,7 +194,7 @@ def test_a_missing_rank_correlation_says_why_and_what_to_rank() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pairs": "another"}, "pairs is 'digest' for the features and 'another' for the components"),
+        ({"pairs": "another"}, "pairs differ: expected the same pairs"),
         ({"metric": "prob"}, "metric is 'm' for the features and 'prob'"),
         ({"of_pairs": [0]}, "of_pairs is None for the features and \\[0\\]"),
         ({"noise": {"scale": 3}}, "noise is None for the features and \\{'scale': 3\\}"),

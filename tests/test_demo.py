@@ -413,7 +413,7 @@ def test_the_demo_command_at_positions_without_a_difference(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pairs", "missing.jsonl"], "error: --pairs 'missing.jsonl' does not exist"),
+        (["--pairs", "missing.jsonl"], "error: there is no file 'missing.jsonl'"),
         (["--sae", "nowhere"], "error: there is no SAE 'nowhere': expected a folder with cfg.json"),
         (["--model", "nowhere"], "error: the model 'nowhere' can't be loaded"),
         (["--positions", "S9"], "error: --positions S9: "),

@@ -197,6 +197,18 @@ def test_features_of_all_layers_are_selected_together(small: Small) -> None:
     assert {node.sae for node in alone.top(12, kind="feature").nodes} == {RESID, LAST}
 
 
+def test_the_effects_of_a_selection_are_in_the_order_in_which_it_grew() -> None:
+    """The first feature alone is patched at one hook point, above those of the larger sets, which are patched at several."""
+    demo = fp.load_demo()
+    options: dict[str, Any] = {"model": demo.model, "saes": demo.saes, "pairs": demo.pairs("ioi", n=4), "progress": False}
+    chosen = fp.select_features(**options, candidates=24, most=3, target=1.0, position="S2")
+    assert chosen.nodes[0].site > chosen.nodes[1].site
+    grown = [fp.Patch(chosen.nodes[: size + 1]) for size in range(3)]
+    by_hand = fp.rank_nodes(nodes=grown, **options).pooled("recovery")
+    np.testing.assert_allclose(chosen.effects.pooled("recovery"), by_hand, atol=1e-6)
+    assert f"3 features bring back {by_hand[-1]:.0%}, short of 100%" in repr(chosen)
+
+
 def test_the_top_features_of_all_layers_together(small: Small) -> None:
     curve = fp.top_k_curve(**across(small, None), across=True, most=4, positions=["there", "pieces"])
     for position in ("there", "pieces"):

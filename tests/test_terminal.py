@@ -105,6 +105,18 @@ def test_counts_agree_with_their_nouns(ranked: fp.Effects, number: int) -> None:
     assert f"estimates, then all {number} feature{'s' * (number != 1)} " in "\n".join(printed(terminal.planned(plan)))
 
 
+def test_at_80_columns_a_direction_is_left_out_before_a_number_is_cut(ranked: fp.Effects) -> None:
+    """The direction that rows are sorted by stays, whole; names of hook points of one SAE and quadrants stay too."""
+    rows = ranked.where(site=HOOKS[1]).top(5)
+    for by, left_out in (("recovery", "degradation"), ("degradation", "recovery")):
+        lines = printed(terminal.ranked(rows, by), 80)
+        assert f" {left_out}" not in lines[1]
+        assert "for lack of space: " in " ".join(lines)
+        assert left_out in " ".join(lines).partition("for lack of space: ")[2]
+        assert not any("…" in line for line in lines)
+        assert sum("L3 resid_post" in line for line in lines) == 5
+
+
 def test_the_layers_of_a_cross_layer_dictionary_are_told_apart() -> None:
     """One whose name is not that of a hook point keeps it; one at a single hook point is named by that."""
     sites = [f"blocks.{layer}.hook_mlp_out" for layer in (0, 1)]

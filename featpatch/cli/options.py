@@ -151,8 +151,6 @@ def checked(pairs: Path, positions: str, direction: str, metric: list[str]) -> d
     from featpatch.metrics import Measures
 
     asked = {"positions": spans(positions), "directions": ways(direction), "metric": list(dict.fromkeys(metric))}
-    if not as_path(pairs).exists():
-        raise FeatpatchError(f"--pairs {str(pairs)!r} does not exist: expected a JSON Lines file of pairs; check the path")
     Measures.of(asked["metric"])
     check_labels(asked["positions"], _labels(pairs))
     return asked

@@ -351,9 +351,9 @@ def _shared_effects(features: Effects, components: Effects) -> list[Effect]:
     for key in SAME:
         one, other = features.metadata.get(key), components.metadata.get(key)
         if one != other:
+            said = "pairs differ" if key == "pairs" else f"{key} is {one!r} for the features and {other!r} for the components"
             raise FeatpatchError(
-                f"{key} is {one!r:.20} for the features and {other!r:.20} for the components: expected the same {key}, since "
-                "their effects are compared; rank both with the same pairs and metric"
+                f"{said}: expected the same {key}, since their effects are compared; rank both with the same pairs and metric"
             )
     counts = len(features.clean), len(components.clean)
     if counts[0] != counts[1]:

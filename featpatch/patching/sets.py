@@ -154,7 +154,8 @@ class Sets:
             study = replace(self.study, parts=[part], directions=check_directions(directions))
         else:
             study = self.ask([Patch(tuple(some)) for some in sets], directions)
-        return study.complete(progress=progress)
+        effects = study.complete(progress=progress)
+        return effects.take(effects.indices.argsort())  # sets at one hook point are patched apart from those at several
 
 
 def interactions(

@@ -154,7 +154,10 @@ class Study:
         Raises:
             FeatpatchError: the gap is near zero, a metric becomes NaN, or the journal belongs to another sweep.
         """
-        effects, noise = self._run(journal, progress=progress, executor=executor), self.runner.noise
+        try:
+            effects, noise = self._run(journal, progress=progress, executor=executor), self.runner.noise
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"no row is finished yet; {to_resume(journal)}") from None
         if not effects.finished:
             done = f"{counted(len(effects), 'row')} over {len(effects.clean)} of {counted(len(self.pairs), 'pair')}"
             draws = effects.metadata.get("noise", {}).get("draws", 1)

@@ -39,7 +39,8 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
     scale = ": 0 is none, 1 is the whole behaviour" if effects.has_gap else f", as changes {effects.unit}"
     columns: dict[str, Sequence[str]] = _names(effects)
     numbers: dict[str, str] = {effects.titled(effect): effect for effect in run}
-    first = set(numbers)
+    main = effects.titled(sorting(by, run)[0])
+    first = [header for header in numbers if header != main]
     numbers |= {
         f"{other.titled(effect)}\n{name}": f"{name}_{effect}" for name, other in effects.others.items() for effect in run
     }
@@ -62,7 +63,7 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
         f"{effects.value} effects of {counted(len(effects), 'node')}, pooled over {sample(effects)}{scale}{intervals}",
         columns,
         numbers=[*numbers, "pairs", changed],
-        spare=[header for header in (changed, *list(numbers)[:0:-1], "pairs") if header in columns and header not in first],
+        spare=[header for header in (changed, *list(numbers)[: len(run) - 1 : -1], "pairs", *first) if header in columns],
         legend=legend,
         notes=[note] if (note := left_out(effects)) else [],
     )

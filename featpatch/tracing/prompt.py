@@ -19,20 +19,20 @@ def prompt_of(lens: Lens, prompt: Any) -> tuple[tuple[int, ...], frozenset[int]]
     """
     if hasattr(prompt, "tolist") and prompt.shape[:-1] in ((), (1,)):  # such as model.to_tokens(text)
         prompt = prompt.reshape(-1).tolist()
-    if isinstance(prompt, Pair):
-        pair = prompt
-    elif isinstance(prompt, str) and prompt and lens.tokenizer is not None:
-        pair = _alone(prompt_ids(lens.model, prompt))
-    elif isinstance(prompt, str):
-        missing = "the model has no tokenizer" if prompt else "it is empty"
-        raise FeatpatchError(f"prompt={prompt!r:.60}, and {missing}: expected a text, or the token ids of one as a list")
-    else:
-        if not isinstance(prompt, (list, tuple)) or not prompt or not all(map(is_integer, prompt)):
-            raise FeatpatchError(f"prompt={prompt!r:.60}: expected a text, token ids of one prompt, or a pair such as pairs[0]")
-        pair = _alone(tuple(map(int, prompt)))
-    if not isinstance(prompt, Pair) and lens.n_ctx is not None and len(pair) > lens.n_ctx:
+    if isinstance(prompt, str):
+        if not prompt or lens.tokenizer is None:
+            missing = "the model has no tokenizer" if prompt else "it is empty"
+            raise FeatpatchError(f"prompt={prompt!r:.60}, and {missing}: expected a text, or the token ids of one as a list")
+        prompt = prompt_ids(lens.model, prompt)
+    elif not isinstance(prompt, Pair) and (
+        not isinstance(prompt, (list, tuple)) or not prompt or not all(map(is_integer, prompt))
+    ):
+        raise FeatpatchError(f"prompt={prompt!r:.60}: expected a text, token ids of one prompt, or a pair such as pairs[0]")
+    ids = () if isinstance(prompt, Pair) else tuple(map(int, prompt))
+    pair = prompt if isinstance(prompt, Pair) else Pair(ids, ids, (), ())
+    if lens.n_ctx is not None and len(ids) > lens.n_ctx:
         raise FeatpatchError(
-            f"the prompt has {len(pair)} tokens: expected at most {lens.n_ctx}, the model's context; shorten it"
+            f"the prompt has {len(ids)} tokens: expected at most {lens.n_ctx}, the model's context; shorten it"
         )
     check_tokens(Pairs((pair,)), lens)
     ids = pair.clean[: (pair.answer_position % len(pair.clean)) + 1]
@@ -40,10 +40,6 @@ def prompt_of(lens: Lens, prompt: Any) -> tuple[tuple[int, ...], frozenset[int]]
     if lens.tokenizer is not None:
         special = special | special_positions(lens.tokenizer, ids)
     return ids, frozenset(at for at in special if at < len(ids))
-
-
-def _alone(ids: tuple[int, ...]) -> Pair:
-    return Pair(ids, ids, (), ())
 
 
 def words_of(lens: Lens, ids: Sequence[int]) -> tuple[str, ...]:

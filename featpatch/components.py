@@ -68,7 +68,7 @@ def check_components(names: Any, positions: Any) -> list[str]:
     unknown = [name for name in chosen if not isinstance(name, str) or name not in COMPONENTS]
     if unknown or not chosen or len(set(chosen)) < len(chosen):
         raise FeatpatchError(
-            f"sites={given}: expected some of {', '.join(COMPONENTS)}, each once, or the hook points that hold them, such as "
+            f"sites={given}: expected some of {', '.join(COMPONENTS)} (z: by head), each once, or their hook points, such as "
             f"'hook_z' or 'blocks.0.attn.hook_z'{closest(unknown[0], [*COMPONENTS, *SHORT]) if unknown else ''}"
         )
     several = isinstance(positions, Sequence) and not isinstance(positions, str)

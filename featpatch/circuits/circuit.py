@@ -369,7 +369,8 @@ class Circuit(Plotted):
         scores = self.metadata.get("scores")
         refined = [f"refined at {threshold:.3g}" for threshold in self.metadata.get("refined", [])]
         interrupted = "" if self.finished else "interrupted"
-        return ", ".join(filter(None, (self.metadata["method"], scores and f"scores={scores!r}", *refined, interrupted)))
+        none = "" if self.items else "nothing reached its threshold or target: pass size="
+        return ", ".join(filter(None, (self.metadata["method"], scores and f"scores={scores!r}", *refined, none, interrupted)))
 
     @property
     def finished(self) -> bool:

@@ -89,7 +89,7 @@ def bars(*, json: bool) -> bool:
 
 
 PHRASES = {
-    r", or a function metric\(.*": "",
+    r", or a function metric\(.*?(?=; did you mean|$)": "",
     r"metric '([^']*)' is unknown: (expected one of [\w, ]*)": r"--metric \1: \2; repeat --metric for several",
     r"one name or one function; call this once for each metric": "one metric; run the command once for each",
     r", or an object such as fp\.Ray\(\.\.\.\)": "",

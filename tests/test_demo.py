@@ -404,6 +404,7 @@ def test_the_demo_command_begins_with_a_conclusion(demo: Demo, task: str, tmp_pa
 
 
 @pytest.mark.extended
+@pytest.mark.filterwarnings("default:token index 0 has no rows")
 def test_the_demo_command_at_positions_without_a_difference(tmp_path: Path) -> None:
     done = run("demo", "--task", "capitals", "--pairs", "2", "--positions", "0", folder=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -180,11 +180,18 @@ def test_the_only_token_of_a_prompt_stays_where_bos_is_also_eos() -> None:
     assert prompt_ids(tokenizer, "gave") == (1, 5)
 
 
+@torch.no_grad()
+def copied(small: Small) -> Any:
+    """A copy of the model; a bridge keeps tensors of its last forward pass, which can't be copied if they have gradients."""
+    small.model(small.clean)
+    return deepcopy(small.model)
+
+
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("prepends", [True, False])
 def test_a_model_gives_the_ids_of_its_own_text_call(bridge: Small, adds: bool, prepends: bool) -> None:
     """Whether its tokenizer adds BOS, and whether the model wants it, four ways; labels count along."""
-    model = deepcopy(bridge.model)
+    model = copied(bridge)
     model.tokenizer = beginning(byte_level()) if adds else byte_level()
     model.tokenizer.pad_token = "<unk>"
     model.cfg.tokenizer_prepends_bos, model.cfg.default_prepend_bos = adds, prepends
@@ -213,7 +220,7 @@ def test_prompts_without_the_models_bos(demo: Demo) -> None:
 
 def test_prompts_beyond_the_context_are_refused(small: Small) -> None:
     """TransformerLens cuts a text off at the context without a word, with the answer at a token in the middle."""
-    model, prompt = deepcopy(small.model), "gave to " * 9
+    model, prompt = copied(small), "gave to " * 9
     model.tokenizer = whole_words()
     model.tokenizer.pad_token, model.cfg.tokenizer_prepends_bos = "<unk>", False
     long = fp.Pairs.from_prompts(model, clean=[f"{prompt}Mary"], corrupted=[f"{prompt}John"], correct=["to"], wrong=["Mary"])
@@ -476,7 +483,7 @@ def test_several_answers_of_each_pair_in_a_tensor() -> None:
 
 def test_labels_where_bos_changes_the_first_token(bridge: Small) -> None:
     """As with Llama's: a text that follows BOS begins without a space."""
-    model = deepcopy(bridge.model)
+    model = copied(bridge)
     model.tokenizer = sentence_piece()
     model.tokenizer.pad_token, model.cfg.tokenizer_prepends_bos = "<unk>", False
     text = {"clean": ["Paris is big"], "correct": [" to"]}

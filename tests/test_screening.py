@@ -1,5 +1,6 @@
 """Screening: exact values of what was chosen, and bounds on what was not, against enumeration and by simulation of full sweeps."""
 
+import warnings
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -278,10 +279,13 @@ def test_interrupted_and_gone_on(small: Small, tmp_path: Path, monkeypatch: pyte
         with monkeypatch.context() as patch:
             interrupt_after(patch, passes)
             try:
-                cut = screened(small, sae, journal=journal, **options)
+                with warnings.catch_warnings(record=True) as told:
+                    warnings.simplefilter("always")
+                    cut = screened(small, sae, journal=journal, **options)
             except KeyboardInterrupt:
                 seen.add("nothing")
             else:
+                assert any("interrupted: the table holds" in str(each.message) for each in told) == (not cut.finished)
                 seen.add("looks" if cut.finished else "rows")
                 check_cut(cut, whole)
         with monkeypatch.context() as patch:

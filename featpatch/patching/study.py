@@ -158,7 +158,7 @@ class Study:
             effects, noise = self._run(journal, progress=progress, executor=executor), self.runner.noise
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"no row is finished yet; {to_resume(journal)}") from None
-        if not effects.finished:
+        if effects.metadata.get("finished") is False:
             done = f"{counted(len(effects), 'row')} over {len(effects.clean)} of {counted(len(self.pairs), 'pair')}"
             draws = effects.metadata.get("noise", {}).get("draws", 1)
             done += "" if noise is None else f" and {draws} of {counted(noise.draws, 'draw')}"

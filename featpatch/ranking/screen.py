@@ -120,7 +120,10 @@ def screened(
     for size in sizes:
         some = frozenset([*([] if tables else begin), *drawn[done:size]])
         try:
-            found = run(study_of(some))
+            with warnings.catch_warnings():
+                if tables:  # after Ctrl-C the earlier looks are returned, which are finished
+                    warnings.simplefilter("ignore", FeatpatchWarning)
+                found = run(study_of(some))
         except KeyboardInterrupt:
             if not tables:
                 raise

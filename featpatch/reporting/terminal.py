@@ -39,8 +39,7 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
     scale = ": 0 is none, 1 is the whole behaviour" if effects.has_gap else f", as changes {effects.unit}"
     columns: dict[str, Sequence[str]] = _names(effects)
     numbers: dict[str, str] = {effects.titled(effect): effect for effect in run}
-    main = effects.titled(sorting(by, run)[0])
-    first = [header for header in numbers if header != main]
+    first = [header for header in numbers if header != effects.titled(sorting(by, run)[0])]
     numbers |= {
         f"{other.titled(effect)}\n{name}": f"{name}_{effect}" for name, other in effects.others.items() for effect in run
     }

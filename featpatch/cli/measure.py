@@ -68,9 +68,7 @@ def rank(
         options: dict[str, Any] = {"k": k, "audit": audit, "target": target}
         given = {name: value for name, value in options.items() if value is not None}
         if given and not screen:
-            raise fp.FeatpatchError(
-                f"{', '.join(f'--{name}' for name in given)} without --screen: expected --screen too; add it"
-            )
+            raise fp.FeatpatchError(f"{', '.join(f'--{name}' for name in given)} without --screen: expected --screen too")
         screening = fp.Screen(**given) if screen else None
         of.check_methods(method, screening, metric, direction, {"screen": screening, "journal": journal, "executor": elsewhere})
         out_to = console(json=as_json)

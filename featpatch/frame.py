@@ -21,12 +21,11 @@ class Frame(pd.DataFrame):  # type: ignore[misc]  # pandas has no types here
         return Frame
 
     def __repr__(self) -> str:
-        shown = text(self)
-        return f"{shown}; to_string() shows them" if shown.endswith(" more rows") else shown
+        return text(self, "; to_string() shows them")
 
 
-def text(frame: pd.DataFrame) -> str:
-    """Format the first rows of a table with all columns, in several blocks if the lines would be too long.
+def text(frame: pd.DataFrame, hint: str = "") -> str:
+    """Format the first rows of a table with all columns, in several blocks if too long; a hint follows the number of others.
 
     `x`, `x_low` and `x_high` become one column; a cell is empty if its value is unknown or does not apply to the row.
     """
@@ -49,7 +48,7 @@ def text(frame: pd.DataFrame) -> str:
     rows = len(table)
     if len(lines(rows)) > LINES:  # more rows need more lines
         rows = max(1, bisect(range(1, rows), LINES, key=lambda fewer: len(lines(fewer))))
-    more = [f"... {len(frame) - rows:,} more rows"] if len(frame) > rows else []
+    more = [f"... {len(frame) - rows:,} more rows{hint}"] if len(frame) > rows else []
     return visible("\n".join([*lines(rows), *more]))
 
 

@@ -308,7 +308,8 @@ METRIC = "logit_diff"
 """The default metric."""
 
 NEAR_ZERO, SMALL_GAP, CANCELLED = 1e-3, 0.02, 0.5
-"""The shares of the metric's size below which a mean gap is refused, and a pair has no ratio of its own, or warned of."""
+"""The shares below which a mean gap is refused, and a pair has no ratio of its own, or is warned of: two of the metric's size,
+and one of the mean size of the gaps of pairs."""
 
 
 def size(clean: NDArray[np.float64], corrupted: NDArray[np.float64]) -> float:

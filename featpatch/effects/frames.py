@@ -7,7 +7,7 @@ ranking over all pairs is more stable than that.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, compress
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,11 @@ def sample(effects: Measured) -> str:
 
 def left_out(effects: Measured) -> str:
     """Return a note on the whole activations of a table of components if the rows hold none, as top heads do; or no text."""
+    if any(node.kind in ("feature", "activation") for node in effects.nodes):  # before anything is taken from a long table
+        return ""
     whole = effects.whole
     rest = whole.take([row for row, node in enumerate(whole.nodes) if node.kind == "activation"])
-    kinds = {node.kind for of in (effects, whole.take(whole.ranked)) for node in of.nodes}
-    if not len(rest) or {"feature", "activation"} & kinds:
+    if not len(rest) or any(node.kind in ("feature", "activation") for node in compress(whole.nodes, whole.ranked)):
         return ""
     values = np.nan_to_num(rest.pooled(effects.directions_run()[0]))
     largest = f"{rest.nodes[values.argmax()]} ({number(values.max())})"

@@ -65,8 +65,8 @@ class Effects(Measured):
         effect, over = sorting(by, self.directions_run(), self.metrics)
         least = least_to_sort(over, least_changed, len(self.clean))
         check_numbers(0, n=n)
-        kept = self.ranked if kind == "ranked" and self.ranked.any() else np.ones(len(self), dtype=bool)
-        rows = self.where(kind=kind) if kind not in (None, "ranked") else self.take(kept)
+        every = kind is None or (kind == "ranked" and not self.ranked.any())
+        rows = self if every else self.take(self.ranked) if kind == "ranked" else self.where(kind=kind)
         rows = rows.take(rows.changed_pairs >= least) if least else rows
         return rows.take(np.argsort(-rows.pooled(effect, over=over), kind="stable")[:n])
 

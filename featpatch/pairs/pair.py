@@ -159,8 +159,8 @@ class Pair:
             True
         """
         here = self.positions(label)
-        by_label = self.by_label and isinstance(label, str)
-        return list(zip(here, positions_of(self.corrupted_labels[str(label)]) if by_label else here, strict=True))
+        there = positions_of(self.corrupted_labels[label]) if isinstance(label, str) and self.by_label else here
+        return list(zip(here, there, strict=True))
 
     def positions(self, position: Position) -> list[int]:
         """Return the token positions that `"all"`, an index or a label stands for in the clean prompt.

@@ -39,7 +39,8 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
     scale = ": 0 is none, 1 is the whole behaviour" if effects.has_gap else f", as changes {effects.unit}"
     columns: dict[str, Sequence[str]] = _names(effects)
     numbers: dict[str, str] = {effects.titled(effect): effect for effect in run}
-    first = [header for header in numbers if header != effects.titled(sorting(by, run)[0])]
+    main = sorting(by, run)[0]
+    other = [header for header, effect in numbers.items() if effect != main]
     numbers |= {
         f"{other.titled(effect)}\n{name}": f"{name}_{effect}" for name, other in effects.others.items() for effect in run
     }
@@ -51,8 +52,7 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
             f"directions in which the interval lies above {100 * effects.threshold:.4g} % of the effect of the whole "
             "activation there (of the behaviour where there is none); undecided if an interval includes this threshold"
         )
-    own = f"{sorting(by, run)[0]}{WHERE_CHANGED}"
-    changed = f"{own.split('_')[0]}\nwhere changed"
+    own, changed = f"{main}{WHERE_CHANGED}", f"{main}\nwhere changed"
     if bool((effects.changed_pairs < pairs).any()):
         columns["pairs"] = [f"{row['changed_pairs']}/{row['pairs']}" for _, row in table.iterrows()]
         columns[changed] = [_value(row, own) for _, row in table.iterrows()]
@@ -62,7 +62,7 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
         f"{effects.value} effects of {counted(len(effects), 'node')}, pooled over {sample(effects)}{scale}{intervals}",
         columns,
         numbers=[*numbers, "pairs", changed],
-        spare=[header for header in (changed, *list(numbers)[: len(run) - 1 : -1], "pairs", *first) if header in columns],
+        spare=[header for header in (changed, *list(numbers)[: len(run) - 1 : -1], "pairs", *other) if header in columns],
         legend=legend,
         notes=[note] if (note := left_out(effects)) else [],
     )

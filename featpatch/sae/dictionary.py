@@ -129,7 +129,7 @@ class Dictionary:
         known = {
             (tuple(map(lens.site, inputs)), tuple(map(lens.site, outputs)))
             for inputs, outputs in places
-            if {*inputs, *outputs} <= set(lens.hook_points)
+            if {*inputs, *outputs} <= lens.hook_points.keys()
         }
         return [replace(self, inputs=i, outputs=o) for i, o in sorted(known - {(self.inputs, self.outputs)})]
 

@@ -162,6 +162,31 @@ def test_other_positions_are_refused(hooked: Small, positions: Any) -> None:
         fp.rank_components(hooked.model, PAIRS, sites="z", positions=positions, progress=False)
 
 
+@torch.no_grad()
+def test_pairs_are_checked_label_by_label(hooked: Small) -> None:
+    """Against plain runs of both prompts of every pair, unbatched and read at their last tokens."""
+    found = PAIRS.check(hooked.model)
+    for index, pair in enumerate(PAIRS):
+        logits = [hooked.model(torch.tensor([tokens]))[0] for tokens in (pair.clean, pair.corrupted)]
+        metrics = [logit_diff(each[None], pair.correct[0], pair.wrong[0]) for each in logits]
+        assert (found.clean[index], found.corrupted[index]) == pytest.approx(metrics, abs=1e-10)
+        places = dict.fromkeys(place for label in pair.labels for place in zip(*at(pair, label), strict=True))
+        changed = [(p, q) for p, q in places if pair.clean[p] != pair.corrupted[q]]
+        rules = {finding.rule: finding.detail for finding in found.findings if finding.pair == index}
+        if pair.corrupted_labels:
+            assert rules["difference"].startswith(f"{len(changed)} of {len(places)} labelled tokens differ")
+        losses = [
+            np.mean([-float(each.log_softmax(-1)[p - 1, tokens[p]]) for p in where if p])
+            for each, tokens, where in zip(logits, (pair.clean, pair.corrupted), zip(*changed, strict=True), strict=True)
+            if pair.corrupted_labels
+        ]
+        if losses:
+            assert f" {abs(losses[1] - losses[0]):.1f} nats {'more' if losses[1] > losses[0] else 'less'} " in rules["surprise"]
+    alike = fp.Pair((1, 5, 2), (1, 5, 3, 2), (3,), (4,), labels={"five": 1}, corrupted_labels={"five": 1})
+    (same,) = [each for each in fp.Pairs((alike,)).check(hooked.model).findings if each.rule == "difference"]
+    assert (same.status, same.detail) == ("fail", "0 of 1 labelled token differ")
+
+
 def test_what_needs_prompts_that_correspond_is_refused(hooked: Small) -> None:
     model, sae, positions = hooked.model, hooked.at("blocks.1.hook_resid_pre"), ["verb"]
     calls: list[Any] = [
@@ -170,7 +195,6 @@ def test_what_needs_prompts_that_correspond_is_refused(hooked: Small) -> None:
         lambda: fp.rank_components(model, PAIRS, positions=positions, method="atp", progress=False),
         lambda: fp.rank_paths(model, PAIRS, senders=[fp.Node("blocks.0.attn.hook_z", "head", 0)], receivers=["logits"]),
         lambda: fp.find_circuit(model, PAIRS),
-        lambda: PAIRS.check(model),
     ]
     for call in calls:
         with pytest.raises(fp.FeatpatchError, match=r"pair 0 is patched label by label .*: expected prompts that correspond"):

@@ -25,7 +25,7 @@ from featpatch.frame import Frame
 from featpatch.metrics import MEASURES, Measure, find
 from featpatch.page.page import block
 from featpatch.pairs.likelihood import Logits, Runs, log_probs
-from featpatch.pairs.pair import Pair, differing, positions_of
+from featpatch.pairs.pair import Pair, positions_of
 from featpatch.pairs.tokens import by_itself, first_token, is_padded, special_positions
 
 Status = Literal["pass", "warn", "fail"]
@@ -164,7 +164,6 @@ def check(
         )
     measure, runs, first = find(metric if metric in MEASURES else "logit_diff"), Runs(model), first_token(model)
     in_context = _in_context(pairs, tokenizer)
-    check_by_position(pairs)
     prompts = [tokens for pair in pairs for tokens in (pair.clean, pair.corrupted)]
 
     def read(index: int, logits: Logits) -> tuple[float, float]:
@@ -173,7 +172,7 @@ def check(
         if odd := [token for side in pair.answers for answer in side for token in answer if token not in known]:
             raise FeatpatchError(f"pair {index // 2} has answer ids {odd}: expected 0 to {known[-1]}, ids of the model")
         told = _told(logits, pair, measure if pair.wrong else find("log_prob")) if pair.correct else 0.0
-        return told, _surprise(logits, prompts[index], differing(pair))
+        return told, _surprise(logits, prompts[index], [places[index % 2] for places in _changed(pair)])
 
     values, surprised = map(list, zip(*runs.each(prompts, read), strict=True))
     whole = [index for index in range(len(prompts)) if pairs[index // 2].correct_sequences]
@@ -210,7 +209,7 @@ Outcome = tuple[Status, str]
 
 def _told(logits: torch.Tensor, pair: Pair, measure: Measure) -> float:
     """Return the metric of a pair with one-token answers, from the logits of one of its prompts."""
-    row, columns = logits[None, pair.answer_position], measure.columns(pair.correct, pair.wrong)
+    row, columns = logits[None, -1 if pair.by_label else pair.answer_position], measure.columns(pair.correct, pair.wrong)
     return float(measure(row if columns is None else row[:, list(columns)], pair.correct, pair.wrong))
 
 
@@ -225,12 +224,23 @@ def _surprise(logits: torch.Tensor, tokens: tuple[int, ...], positions: Sequence
     return -float(log_probs(logits, tokens, predicted).mean())
 
 
+def _places(pair: Pair) -> list[tuple[int, int]]:
+    """Return the positions that can be patched, in both prompts: all of them or, if patched label by label, those of labels."""
+    labelled = (place for label in pair.labels for place in pair.places(label))
+    return list(dict.fromkeys(labelled)) if pair.by_label else [(p, p) for p in range(len(pair))]
+
+
+def _changed(pair: Pair) -> list[tuple[int, int]]:
+    return [(here, there) for here, there in _places(pair) if pair.clean[here] != pair.corrupted[there]]
+
+
 def _difference(pair: Pair, tokenizer: Any) -> Outcome:
-    changed = differing(pair)
-    words = [tuple(_word(ids[p], tokenizer) for ids in (pair.clean, pair.corrupted)) for p in changed[:MANY]]
-    shown = ", ".join(f"{p}: {one} -> {other}" for p, (one, other) in zip(changed, words, strict=False))
+    changed = _changed(pair)
+    words = [(p, _word(pair.clean[p], tokenizer), _word(pair.corrupted[q], tokenizer)) for p, q in changed[:MANY]]
+    shown = ", ".join(f"{p}: {one} -> {other}" for p, one, other in words)
     differ = "differs" if len(changed) == 1 else "differ"
-    detail = f"{len(changed)} of {counted(len(pair), 'token')} {differ}{f' ({shown})' if changed else ''}"
+    tokens = counted(len(_places(pair)), "labelled token" if pair.by_label else "token")
+    detail = f"{len(changed)} of {tokens} {differ}{f' ({shown})' if changed else ''}"
     if not changed:
         return "fail", detail
     return ("pass" if len(changed) <= MANY else "warn"), detail
@@ -243,11 +253,10 @@ def _kind(pair: Pair, tokenizer: Any) -> Outcome:
     begin = int(unknown == getattr(tokenizer, "bos_token_id", None))  # BOS can be the unknown token too
     if found := (*pair.clean[begin:], *pair.corrupted[begin:]).count(unknown):
         return "warn", f"{counted(found, 'token')} unknown to the tokenizer"
-    for p in differing(pair):
-        kinds = [_kind_of(tokenizer, ids[p]) for ids in (pair.clean, pair.corrupted)]
-        if kinds[0] != kinds[1]:
-            words = [_word(ids[p], tokenizer) for ids in (pair.clean, pair.corrupted)]
-            return "warn", f"{words[0]} is {kinds[0]} and {words[1]} is {kinds[1]}, at {p}"
+    for p, q in _changed(pair):
+        one, other = pair.clean[p], pair.corrupted[q]
+        if (kind := _kind_of(tokenizer, one)) != (there := _kind_of(tokenizer, other)):
+            return "warn", f"{_word(one, tokenizer)} is {kind} and {_word(other, tokenizer)} is {there}, at {p}"
     return "pass", "changed tokens are of the same kind"
 
 

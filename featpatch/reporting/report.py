@@ -246,8 +246,7 @@ def _with_prompts(
     if features and components is not None and not by_label and _comparable(effects, components, found):
         writers = compare(effects, components, model=model, saes=saes, pairs=pairs, top=top).writers
         features = {node: _written(card, node, writers) for node, card in features.items()}
-    checkable = all(pair.correct for pair in pairs) and not by_label
-    checks = pairs[:PROMPTS].check(model).to_pandas() if checkable else None
+    checks = pairs[:PROMPTS].check(model).to_pandas() if all(pair.correct for pair in pairs) else None
     return replace(material, prompts=prompts, features=features, checks=checks)
 
 

@@ -2,6 +2,7 @@
 
 from bisect import bisect
 from functools import cache
+from shutil import get_terminal_size
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 from featpatch.untrusted import visible
 
 WIDTH, LINES, ROWS = 160, 24, 20
-"""The largest numbers of characters per line, of lines and of rows of a printed table."""
+"""The largest numbers of characters per line, of lines (more if the terminal is narrower) and of rows of a printed table."""
 
 
 class Frame(pd.DataFrame):  # type: ignore[misc]  # pandas has no types here
@@ -31,8 +32,9 @@ def text(frame: pd.DataFrame, hint: str = "") -> str:
     """
     if not len(frame):
         return "no rows" + f"; columns {', '.join(map(str, frame.columns))}" * bool(len(frame.columns))
+    width = min(WIDTH, get_terminal_size((WIDTH, LINES)).columns)
     if not frame.columns.is_unique:
-        return visible(frame.head(ROWS).to_string(line_width=WIDTH))
+        return visible(frame.head(ROWS).to_string(line_width=width))
     shown, names = frame.head(ROWS), [str(name) for name in frame.columns]
     cells = {name: [_cell(value) for value in shown.iloc[:, column]] for column, name in enumerate(names)}
     for name in [name for name in names if {f"{name}_low", f"{name}_high"} <= set(names)]:
@@ -43,11 +45,12 @@ def text(frame: pd.DataFrame, hint: str = "") -> str:
 
     @cache
     def lines(rows: int) -> list[str]:
-        return table.head(rows).to_string(index=not plain, line_width=WIDTH).splitlines()
+        return table.head(rows).to_string(index=not plain, line_width=width).splitlines()
 
     rows = len(table)
-    if len(lines(rows)) > LINES:  # more rows need more lines
-        rows = max(1, bisect(range(1, rows), LINES, key=lambda fewer: len(lines(fewer))))
+    most = LINES * WIDTH // width
+    if len(lines(rows)) > most:  # more rows need more lines
+        rows = max(1, bisect(range(1, rows), most, key=lambda fewer: len(lines(fewer))))
     more = [f"... {len(frame) - rows:,} more rows{hint}"] if len(frame) > rows else []
     return visible("\n".join([*lines(rows), *more]))
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two tests run side by side
+os.environ.pop("COLUMNS", None)  # which pytest-xdist sets: printed tables have their full width
 os.environ |= {"RAY_worker_niceness": "0"}  # by default Ray's workers wait for whatever else the machine does
 
 gc.disable()  # until all is imported: nothing of it is garbage, and looking costs a fifth of the start

@@ -469,7 +469,7 @@ def test_rows_and_pairs_that_are_not_there(bridge: Small) -> None:
     with pytest.raises(fp.FeatpatchError, match="pairs=.*: expected indices from 0 to 2"):
         effects.of_pairs([3])
     assert effects.of_pairs([0, 2]).metadata["of_pairs"] == [0, 2]
-    assert " rows, of the gap</p>" in effects._repr_html_()
+    assert " rows</p>" in effects._repr_html_()
 
 
 def test_counts_and_lists_are_phrases() -> None:

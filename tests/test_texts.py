@@ -9,8 +9,11 @@ import pytest
 
 import featpatch as fp
 from featpatch.frame import Frame
+from featpatch.reporting.conclusion import concluded
+from featpatch.reporting.terminal import ranked
 
 LINES, WIDTH = 25, 160
+SAE = "blocks.1.hook_resid_pre"
 SEVERAL = ("Comparison", "apart")
 """What shows several tables."""
 HOOKS = ("blocks.1.hook_resid_pre", "blocks.3.hook_resid_post")
@@ -118,11 +121,50 @@ def test_top_heads_tell_which_whole_activations_they_leave_out() -> None:
     metadata = {"metric": "m", "metrics": ["m"], "directions": ["denoising"], "unit": "gap"}
     table = fp.Effects(nodes, np.ones(1), np.zeros(1), rows, pairs, values, 1 - values, metadata)
     note = "not shown: 1 whole activation, the largest of which is blocks.1.hook_mlp_out activation @ end (0.90)"
-    assert repr(table.top(2)).endswith(f"{note}; top(kind=None) ranks them too")
+    assert repr(table.top(2)).endswith(f"{note}; effects.top(kind=None) ranks them too")
+    assert note in table.top(2)._repr_html_()
     assert [node.kind for node in table.top(2, kind=None).nodes] == ["activation", "head"]
     assert table.where(kind="activation").top(5).nodes == nodes[1:2]
     for without in (table, table.top(2, kind=None), table.where(kind="activation")):
         assert "not shown" not in repr(without)
+
+
+def test_a_large_error_is_told_wherever_the_table_is_shown() -> None:
+    """With the share of all features; not if features have more, if the error's effect is small, or in a table of changes."""
+    nodes = tuple(
+        fp.Node(SAE, kind, index, "end", SAE) for kind, index in (("feature", 3), ("all_features", None), ("error", None))
+    )
+
+    def table(*values: float, unit: str = "gap") -> fp.Effects:
+        metadata = {"metric": "m", "metrics": ["m"], "directions": ["denoising"], "unit": unit}
+        effects = np.array(values)
+        return fp.Effects(nodes, np.ones(1), np.zeros(1), np.arange(3), np.zeros(3, dtype=int), effects, 1 - effects, metadata)
+
+    large, note = table(0.2, 0.2, 0.7), f"{nodes[2]} has a larger effect than all features there (0.70 and 0.20)"
+    notes, caveats = ranked(large.top(1)).notes, concluded(large, large.top(1)).caveats
+    for shown in (repr(large.top(1)), large.top(1)._repr_html_(), "".join(notes), "".join(caveats)):
+        assert note in shown
+    for other in (table(0.2, 0.7, 0.2), table(0.01, 0.01, 0.05), table(0.2, 0.2, 0.7, unit="metric")):
+        assert "larger effect" not in repr(other)
+
+
+def test_rows_sorted_over_changed_pairs_show_that_column() -> None:
+    nodes = tuple(fp.Node(SAE, "feature", index, "end", SAE) for index in (3, 5))
+    values, rows = np.array([[0.5, np.nan], [0.3, 0.4]]).ravel(), np.repeat(np.arange(2), 2)
+    kept = ~np.isnan(values)
+    metadata = {"metric": "m", "metrics": ["m"], "directions": ["denoising"], "unit": "gap"}
+    pairs = np.tile(np.arange(2), 2)[kept]
+    table = fp.Effects(nodes, np.ones(2), np.zeros(2), rows[kept], pairs, values[kept], 1 - values[kept], metadata)
+    assert [node.index for node in table.top(2, by="recovery_where_changed", least_changed=1).nodes] == [3, 5]
+    assert "recovery_where_changed" in repr(table.top(2, by="recovery_where_changed", least_changed=1))
+    assert "recovery_where_changed" not in repr(table.top(2))
+
+
+def test_a_table_is_as_wide_as_the_terminal(results: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for shown in (repr(results["sites"]), repr(results["Effects"])):
+        assert max(map(len, shown.splitlines())) <= 80
+        assert "degradation" in shown
 
 
 def test_two_saes_at_one_hook_point_are_told_apart() -> None:

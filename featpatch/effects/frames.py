@@ -5,8 +5,8 @@ ranking over all pairs is more stable than that.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations, compress
 from typing import Any
 
@@ -23,6 +23,9 @@ from featpatch.errors import FeatpatchError, check_numbers, counted, decimal, is
 from featpatch.metrics import NEAR_ZERO, size
 from featpatch.nodes import TOGETHER, Edge, Effect, Node, Position
 
+LARGE = 0.1
+"""The effect of an error, as a share of the gap, from which it is compared with the effect of all features."""
+
 
 def number(value: float) -> str:
     """Write a number with two significant digits, but two to four decimals: `1.00`, `0.14`, `0.053`, `0.0053`."""
@@ -38,17 +41,35 @@ def sample(effects: Measured) -> str:
     return counted(len(effects.clean), "pair" if effects.has_gap else "prompt")
 
 
-def left_out(effects: Measured) -> str:
-    """Return a note on the whole activations of a table of components if the rows hold none, as top heads do; or no text."""
-    if any(node.kind in ("feature", "activation") for node in effects.nodes):  # before anything is taken from a long table
-        return ""
+def notes(effects: Measured) -> list[str]:
+    """Return what these rows do not show: whole activations that heads were ranked without, or a large error of an SAE."""
     whole = effects.whole
-    rest = whole.take([row for row, node in enumerate(whole.nodes) if node.kind == "activation"])
-    if not len(rest) or any(node.kind in ("feature", "activation") for node in compress(whole.nodes, whole.ranked)):
-        return ""
-    values = np.nan_to_num(rest.pooled(effects.directions_run()[0]))
-    largest = f"{rest.nodes[values.argmax()]} ({number(values.max())})"
-    return f"not shown: {counted(len(rest), 'whole activation')}, the largest of which is {largest}"
+    rest = whole.take(np.flatnonzero(~whole.ranked))
+    values = dict(zip(rest.nodes, np.nan_to_num(rest.pooled(effects.directions_run()[0])).tolist(), strict=True))
+    kinds = {node.kind for node in (*effects.nodes, *compress(whole.nodes, whole.ranked))}
+    if "feature" in kinds:
+        return _large_errors(values) if effects.has_gap else []
+    left_out = {node: value for node, value in values.items() if node.kind == "activation"}
+    if not left_out or "activation" in kinds:
+        return []
+    largest = max(left_out, key=lambda node: left_out[node])
+    return [
+        f"not shown: {counted(len(left_out), 'whole activation')}, the largest of which is {largest} "
+        f"({number(left_out[largest])}); effects.top(kind=None) ranks them too"
+    ]
+
+
+def _large_errors(values: Mapping[Node, float]) -> list[str]:
+    """Return a note on the error with the largest effect of those with more effect than all features, given all effects."""
+    features = {node: values.get(replace(node, kind="all_features"), 0.0) for node in values if node.kind == "error"}
+    large = [node for node, value in features.items() if abs(values[node]) > max(LARGE, abs(value))]
+    if not large:
+        return []
+    node = max(large, key=lambda node: abs(values[node]))
+    return [
+        f"{node} has a larger effect than all features there ({number(values[node])} and {number(features[node])}): these "
+        "features are the smaller part of what matters; fp.check(model, saes, pairs) tells whether the SAE fits"
+    ]
 
 
 def full(effects: Measured) -> pd.DataFrame:

@@ -153,10 +153,7 @@ def nodes_of(content: Any) -> tuple[Node, ...]:
 
 
 def check_metadata(metadata: Any, rows: int) -> None:
-    """Check the type and value of every metadata entry that is used in computations; other entries are only shown.
-
-    Args:
-        rows: the number of nodes.
+    """Check the type and value of the metadata that is used in computations, of a table with this number of rows.
 
     Raises:
         FeatpatchError: an entry is not valid, or a required one is missing.
@@ -176,10 +173,7 @@ def check_metadata(metadata: Any, rows: int) -> None:
 
 
 def check_columns(table: Mapping[str, Any], rows: int) -> None:
-    """Check that the columns have the right types, shapes and ranges, and that the metadata fits the number of pairs.
-
-    Args:
-        rows: the number of nodes.
+    """Check that the columns have the right types, shapes and ranges for this number of rows, and that metadata fits the pairs.
 
     Raises:
         FeatpatchError: a column is not valid, an entry occurs twice, or a value that should be finite is not.

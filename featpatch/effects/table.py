@@ -336,24 +336,34 @@ class Effects(Measured):
         return table.take(range(table.metadata["shown_rows"])) if "shown_rows" in table.metadata else table
 
     def __repr__(self) -> str:
-        first = self.take(range(min(ROWS, len(self))))
-        table = frames.brief(first)
+        first, table = self._first()
         pooled = ["pairs"] if set(table["pairs"]) <= {len(self.clean)} else []
-        beside = [name for name in table if WHERE_CHANGED in name]  # in to_pandas(); here the lines would be too long
+        beside = [name for name in table if WHERE_CHANGED in name and not _sorted_by(table, name)]  # the lines would be long
         owner = [] if any("#" in node.sae for node in first.nodes) else ["sae"]  # only it tells SAEs at one hook point apart
         shown = text(table.drop(columns=[*owner, *pooled, "value", "unit", "route", *beside], errors="ignore"))
-        more = f", the first {len(first)} of" if len(self) > len(first) else ","
-        note = f"\n{said}; top(kind=None) ranks them too" if (said := frames.left_out(self)) else ""
-        return f"{self._headline()}{more} {counted(len(self), 'row')}:\n{shown}{note}"
+        return "\n".join([f"{self._headline(len(first))}:", shown, *frames.notes(self)])
 
-    def _headline(self) -> str:
+    def _repr_html_(self) -> str:
+        first, table = self._first()
+        said = [escape(text) for text in (self._headline(len(first)), *frames.notes(self))]
+        return "".join([f"<p>{said[0]}</p>", table.to_html(index=False, escape=True), *(f"<p>{note}</p>" for note in said[1:])])
+
+    def _first(self) -> tuple["Effects", pd.DataFrame]:
+        """Return the rows that are printed, and their table."""
+        first = self.take(range(min(ROWS, len(self))))
+        return first, frames.brief(first)
+
+    def _headline(self, shown: int) -> str:
         paths = f" of paths (route {self.route!r})" if self.route else ""
         over = f"{self.value} effects{paths} over {frames.sample(self)}"
         if self.spread:
             over += f" and {self.metadata['noise']['draws']} draws of noise (spread: standard deviation over draws)"
         over += "" if self.finished else ", interrupted before the others were finished"
-        return over if self.has_gap else f"{over}, as changes {self.unit} (clean - ablated)"
+        over += "" if self.has_gap else f", as changes {self.unit} (clean - ablated)"
+        return f"{over}, {f'the first {shown} of ' * (shown < len(self))}{counted(len(self), 'row')}"
 
-    def _repr_html_(self) -> str:
-        shown = frames.brief(self.take(range(min(ROWS, len(self))))).to_html(index=False, escape=True)
-        return f"{shown}<p>{counted(len(self), 'row')}, {escape(self.unit)}</p>"
+
+def _sorted_by(table: pd.DataFrame, name: str) -> bool:
+    """Return whether the rows are sorted by this column of an effect and not by the same effect pooled over all pairs."""
+    effect = name[: name.index(WHERE_CHANGED)]
+    return table[f"{effect}{WHERE_CHANGED}"].is_monotonic_decreasing and not table[effect].is_monotonic_decreasing

@@ -9,7 +9,7 @@ import numpy as np
 
 from featpatch import sites
 from featpatch.effects import statistics
-from featpatch.effects.frames import sample
+from featpatch.effects.frames import notes, sample
 from featpatch.effects.table import Effects
 from featpatch.errors import counted
 from featpatch.metrics import NEAR_ZERO, size
@@ -168,6 +168,7 @@ def _caveats(effects: Effects) -> tuple[str, ...]:
         found.append("These effects are estimates from gradients, not patched runs of the model; confirm the largest exactly.")
     if not effects.finished:
         found.append("The sweep was interrupted: only what had been finished is counted.")
+    found += [f"{note}." for note in notes(effects)]
     if "screening" in effects.metadata:
         known = effects.metadata["screening"]
         found.append(

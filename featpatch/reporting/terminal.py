@@ -14,7 +14,7 @@ from rich.text import Text
 from featpatch.comparison.compare import SHOWN, Comparison, cells
 from featpatch.console import Fitted
 from featpatch.descriptions import Description
-from featpatch.effects.frames import left_out, number, sample
+from featpatch.effects.frames import notes, number, sample
 from featpatch.effects.selection import WHERE_CHANGED, By, sorting
 from featpatch.effects.table import Effects
 from featpatch.errors import counted
@@ -64,7 +64,7 @@ def ranked(effects: Effects, by: By | None = None) -> Fitted:
         numbers=[*numbers, "pairs", changed],
         spare=[header for header in (changed, *list(numbers)[: len(run) - 1 : -1], "pairs", *other) if header in columns],
         legend=legend,
-        notes=[note] if (note := left_out(effects)) else [],
+        notes=notes(effects),
     )
 
 

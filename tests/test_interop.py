@@ -73,10 +73,10 @@ def test_saes_by_hook(hooked: Small) -> None:
     expected = fp.rank_features(hooked.model, sae, pairs, **QUIET)
     found = fp.rank_features(hooked.model, {RESID: sae}, pairs, **QUIET)
     assert (found.nodes, found.denoised.tolist()) == (expected.nodes, expected.denoised.tolist())
-    with pytest.raises(
-        fp.FeatpatchError, match=f"saes gives '{Z}' for an SAE of '{RESID}': expected the hook point that it was"
-    ):
-        fp.rank_features(hooked.model, {Z: sae}, pairs, **QUIET)
+    for hook in (Z, 1):
+        wrong = f"saes gives {hook!r} for an SAE of '{RESID}': expected the hook point that it was"
+        with pytest.raises(fp.FeatpatchError, match=wrong):
+            fp.rank_features(hooked.model, {hook: sae}, pairs, **QUIET)
     with pytest.raises(fp.FeatpatchError, match="there are no SAEs: expected at least one"):
         fp.rank_features(hooked.model, {}, pairs, **QUIET)
 

@@ -349,8 +349,8 @@ def wrap(model: Any) -> Lens:
     if isinstance(model, HookedTransformer):
         return HookedLens(model)
     raise FeatpatchError(
-        f"the model is a {type(model).__name__}: expected a TransformerBridge or a HookedTransformer; for a Hugging Face "
-        "model, use fp.load(model, tokenizer=tokenizer).model"
+        f"the model is a {type(model).__name__}: expected a TransformerBridge or a HookedTransformer; for a name, a "
+        "folder or a Hugging Face model, use fp.load(model, tokenizer=tokenizer).model"
     )
 
 

@@ -305,7 +305,7 @@ def dictionaries(lens: Lens, saes: Any) -> list[Dictionary]:
         known = {hook: hook_of(lens, Training.of(sae), hook) for hook in (*reads, *writes)}
         kinds.append((kind, tuple(known[hook] for hook in reads), tuple(known[hook] for hook in writes)))
     for hook, (_, reads, writes) in zip(named or (), kinds, strict=False):
-        if lens.site(hook) not in (*reads, *writes):
+        if not isinstance(hook, str) or lens.site(hook) not in (*reads, *writes):
             raise FeatpatchError(
                 f"saes gives {hook!r} for an SAE of {reads[0]!r}: expected the hook point that it was trained on; use that "
                 "name, or set sae.cfg.metadata.hook_name (and hook_name_out) to use a sae-lens SAE elsewhere"

@@ -211,11 +211,7 @@ MODULES = {
 
 
 def of_module(path: str) -> str | None:
-    """Return the hook point that holds the input or output of a Hugging Face module; None if it is not known.
-
-    Args:
-        path: such as `model.layers.3.pre_feedforward_layernorm.output`.
-    """
+    """Return the hook point of a Hugging Face name such as `model.layers.3.mlp.output`; None if it is not known."""
     match = re.fullmatch(r"(?:.*\.)?layers\.([0-9]{1,6})(?:\.(.+))?", path)
     name = MODULES.get(match.group(2) or "") if match else None
     return f"blocks.{match.group(1)}.{name}" if match and name else None

@@ -347,10 +347,8 @@ def _of_dictionary(
 ) -> Iterator[tuple[Term, torch.Tensor]]:
     """Yield the contributions of the features that are active in any of the prompts, of the error and of the decoder's bias.
 
-    The bias includes whatever else decoding adds without features, such as a skip path.
-
-    Args:
-        gradient: the gradient of the logit with respect to the activation at the answer positions.
+    The bias includes whatever else decoding adds without features, such as a skip path. The gradient is that of the logit with
+    respect to the activation at the answer positions.
     """
     split = dictionary.split(read).map(lambda x: _at_answers(x, answers)[:, None])
     features, error = split.features, split.error[:, 0]

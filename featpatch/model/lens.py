@@ -207,10 +207,7 @@ class Lens(Model, ABC):
     def read(
         self, tokens: Int[torch.Tensor, "batch pos"], hooks: Sequence[str], mask: Int[torch.Tensor, "batch pos"] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Read the activations `[batch, pos, ...]` at some hook points, without running the layers above the last of them.
-
-        Args:
-            mask: the attention mask of padded prompts: 1 for tokens, 0 for padding.
+        """Read activations `[batch, pos, ...]` without running layers above the last hook point; the mask is 0 for padding.
 
         Raises:
             FeatpatchError: a hook point does not exist, is switched off, or holds values that are not finite.

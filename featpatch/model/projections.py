@@ -58,13 +58,10 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention_outputs(lens: Lens, tokens: Int[torch.Tensor, "prompts pos"]) -> list[AttentionOutput | None]:
-    """Return the way in which each layer adds its heads to the residual stream; None if it has another one.
+    """Return the way in which each layer adds its heads to the residual stream, compared on these prompts; None for others.
 
     Which norm follows attention is measured, because the norm in front of attention (GPT-2) and the one after it (OLMo 2) can
     have the same name. Quantised weights can't be read.
-
-    Args:
-        tokens: prompts on which the outputs are compared with the model.
     """
     parts = [(sites.component(layer, "z"), sites.component(layer, "attn_out")) for layer in range(lens.n_layers)]
     read = lens.read(tokens, [hook for both in parts for hook in both])

@@ -123,10 +123,7 @@ def near_folder(source: str | Path) -> str:
 
 
 def folder_with(path: str | Path, file: str, what: str) -> Path:
-    """Return the path of a folder after checking that it holds a file.
-
-    Args:
-        what: what is saved in such a folder, "model" or "SAE".
+    """Return the path of the folder of a saved model or SAE (`what`) after checking that it holds a file.
 
     Raises:
         FeatpatchError: the file is not there.

@@ -59,10 +59,7 @@ class Chosen:
 def choose(
     lens: Lens, patch: Patch, found: Sequence[Dictionary], length: int, places: Callable[[Node], list[int]]
 ) -> list[Chosen]:
-    """Group the nodes of a patch by hook point and dictionary, for prompts of `length` tokens.
-
-    Args:
-        places: returns the token indices of a node.
+    """Group a patch's nodes by hook point and dictionary, for prompts of `length` tokens; `places(node)` are token indices.
 
     Raises:
         FeatpatchError: a hook point is unknown, a node belongs to no dictionary or to several, an index or position is out of

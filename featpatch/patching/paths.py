@@ -119,11 +119,7 @@ def path_study(
     only: frozenset[Edge] | None = None,
     **options: Unpack[Options],
 ) -> tuple[Study, EdgePart]:
-    """Return the validated experiment of `rank_paths` and the part with its edges; positions are those of the senders.
-
-    Args:
-        only: the edges that are patched; None for all.
-    """
+    """Return the validated experiment of `rank_paths` and the part with its edges, or with `only` some of them."""
     check_pairs(pairs)
     sites.check_route(route)
     because = "for paths, because mediators are frozen in the prompt but not in an answer that follows it"

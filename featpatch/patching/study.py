@@ -323,11 +323,7 @@ class Study:
 
 
 def _in_worker(arguments: bytes) -> Shards:
-    """Make the study again in a worker's process, which keeps no runs because it needs each pair only once; return its shards.
-
-    Args:
-        arguments: those of `Study.of`, pickled.
-    """
+    """Make the study again in a worker's process, from pickled arguments, and return its shards; it keeps no runs."""
     lens, parts, pairs, others = unpacked(arguments)
     study = Study.of(lens, parts, pairs=pairs, **others)
     study.runner.room = 0

@@ -22,7 +22,7 @@ from featpatch.pairs.pairs import Pairs
 from featpatch.patching.components import component_study
 from featpatch.patching.features import feature_study
 from featpatch.patching.noise import Noise
-from featpatch.patching.paths import EdgePart, Nodes, path_study
+from featpatch.patching.paths import Nodes, path_study
 from featpatch.patching.study import Study
 from featpatch.ranking.screen import Screen, screened
 from featpatch.sites import DEFAULT_COMPONENTS, Route
@@ -291,7 +291,13 @@ def rank_paths(
     if chosen is None:
         effects = run(study)
         if not len(effects) and effects.finished:
-            _warn_of_unchanged_senders(part)
+            warnings.warn(
+                "the table has no rows, because both runs of every pair are the same at "
+                f"{listed(list(map(str, part.senders.nodes)), 3)}: expected a sender that differs; choose another position or "
+                "other senders",
+                FeatpatchWarning,
+                stacklevel=2,
+            )
         return effects
 
     def study_of(only: frozenset[Node]) -> Study:
@@ -363,14 +369,3 @@ def gradients_of(
             f"metric={metric!r} with gradients of {method.measure.name!r}: expected the same metric; leave metric out"
         )
     return method
-
-
-def _warn_of_unchanged_senders(part: EdgePart) -> None:
-    """Warn that no path has an effect, because no sender differs between the runs of any pair."""
-    senders = listed(list(map(str, part.senders.nodes)), 3)
-    warnings.warn(
-        f"the table has no rows, because both runs of every pair are the same at {senders}: expected a sender that differs; "
-        "choose another position or other senders",
-        FeatpatchWarning,
-        stacklevel=3,
-    )

@@ -292,11 +292,7 @@ def _sparsify_folder(folder: Path) -> Weights:
 
 
 def _circuit_tracer(origin: str, state: Mapping[str, torch.Tensor], function: Any = None) -> Weights:
-    """Convert circuit-tracer's weights to our layout, without hook points.
-
-    Args:
-        function: the activation function of an object; by default JumpReLU if there is a threshold, else ReLU.
-    """
+    """Convert circuit-tracer's weights to our layout, without hook points; with no function, JumpReLU or ReLU."""
     names = {**PLAIN, "W_enc": "W_enc.T", "W_skip": "W_skip"}
     name, k = getattr(function, "__name__", type(function).__name__), getattr(function, "k", None)
     activation = {"TopK": "signed_topk", "JumpReLU": "jumprelu", "relu": "relu", "ReLU": "relu"}.get(name)

@@ -302,10 +302,7 @@ def _share(claim: object) -> float | None:
 
 
 def hook_of(lens: Lens, said: Training, name: str) -> str:
-    """Return the hook point of the model that holds what a dictionary was trained on.
-
-    Args:
-        name: the hook point that the dictionary's configuration names.
+    """Return the hook point of the model that holds what a dictionary was trained on, from the name in its configuration.
 
     Raises:
         FeatpatchError: there is no such hook point, or the name is ambiguous.

@@ -44,11 +44,7 @@ class Reading:
     stream: Stream
 
     def pull(self, gradient: Float[torch.Tensor, "*rows d_model"], at: Stream | None = None) -> torch.Tensor:
-        """Return the gradient with respect to the residual stream from that with respect to what is read.
-
-        Args:
-            at: the residual stream at the positions of the rows; by default at every position that they have, from the first.
-        """
+        """Return the gradient with respect to the residual stream (`at` the rows) from that with respect to what is read."""
         return (
             gradient if self.norm is None else self.norm.pull(gradient, self.stream[: gradient.shape[-2]] if at is None else at)
         )
@@ -229,8 +225,7 @@ class FrozenPath:
     ) -> tuple[Float[torch.Tensor, "n columns"], Float[torch.Tensor, " n"]]:
         """Return the contribution of each column, and of the biases of attention and of norms, to each target.
 
-        Args:
-            done: a function that is called with the number of targets of each batch that is finished.
+        `done` is called with the number of targets of each batch.
         """
         size = max(1, VALUES // self.streams[0].numel())
         by_depth: dict[int, list[Written]] = defaultdict(list)

@@ -93,13 +93,10 @@ def scores(matrix: Matrix, weights: Vector, kinds: Kinds) -> tuple[float, float]
 
 
 def totals(matrix: Matrix, weights: Vector, values: Vector, kinds: Kinds) -> Vector:
-    """Return what the logits, weighted, lose when each node is ablated, along all paths.
+    """Return what the logits, weighted, lose when each node is ablated, along all paths; features have these values.
 
     A feature that loses a share of its inputs loses this share of its activation. Features are in the order of their layers, so
     that their effects on one another form a triangular matrix.
-
-    Args:
-        values: the activation of each feature.
     """
     own = slice(0, kinds.features)
     direct = weights @ matrix

@@ -146,6 +146,9 @@ def test_a_large_error_is_told_wherever_the_table_is_shown() -> None:
         assert note in shown
     for other in (table(0.2, 0.7, 0.2), table(0.01, 0.01, 0.05), table(0.2, 0.2, 0.7, unit="metric")):
         assert "larger effect" not in repr(other)
+    values, places = np.array([0.2, 0.7]), (np.arange(2), np.zeros(2, dtype=int))
+    named = fp.Effects(nodes[::2], np.ones(1), np.zeros(1), *places, values, 1 - values, large.metadata)
+    assert "larger effect" not in repr(named)  # that of all features was not measured
 
 
 def test_rows_sorted_over_changed_pairs_show_that_column() -> None:

@@ -60,14 +60,14 @@ def notes(effects: Measured) -> list[str]:
 
 
 def _large_errors(values: Mapping[Node, float]) -> list[str]:
-    """Return a note on the error with the largest effect of those with more effect than all features, given all effects."""
-    features = {node: values.get(replace(node, kind="all_features"), 0.0) for node in values if node.kind == "error"}
-    large = [node for node, value in features.items() if abs(values[node]) > max(LARGE, abs(value))]
+    """Return a note on the error with the largest effect of those with more effect than all features, where both are known."""
+    both = ((node, replace(node, kind="all_features")) for node in values if node.kind == "error")
+    large = [(node, every) for node, every in both if every in values and abs(values[node]) > max(LARGE, abs(values[every]))]
     if not large:
         return []
-    node = max(large, key=lambda node: abs(values[node]))
+    node, every = max(large, key=lambda pair: abs(values[pair[0]]))
     return [
-        f"{node} has a larger effect than all features there ({number(values[node])} and {number(features[node])}): these "
+        f"{node} has a larger effect than all features there ({number(values[node])} and {number(values[every])}): these "
         "features are the smaller part of what matters; fp.check(model, saes, pairs) tells whether the SAE fits"
     ]
 

@@ -231,6 +231,7 @@ def _places(pair: Pair) -> list[tuple[int, int]]:
 
 
 def _changed(pair: Pair) -> list[tuple[int, int]]:
+    """Return the places at which the tokens differ."""
     return [(here, there) for here, there in _places(pair) if pair.clean[here] != pair.corrupted[there]]
 
 

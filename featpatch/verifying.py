@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from featpatch import sites
 from featpatch.effects.collector import provenance
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers, counted, is_number
+from featpatch.frame import Frame
 from featpatch.metrics import MEASURES, SEQUENCES, size
 from featpatch.model.lens import Lens
 from featpatch.model.transformer_lens import wrap
@@ -55,9 +55,9 @@ class Verified:
         """Whether every row has the same values as before, up to the tolerance."""
         return all(difference <= self.tolerance for difference in self.differences)
 
-    def table(self) -> pd.DataFrame:
+    def table(self) -> Frame:
         """Return the rows that were measured again with their differences, the largest first."""
-        table = pd.DataFrame({"row": [str(node) for node in self.nodes], "difference": self.differences})
+        table = Frame({"row": [str(node) for node in self.nodes], "difference": self.differences})
         return table.sort_values("difference", ascending=False, ignore_index=True)
 
     def __repr__(self) -> str:

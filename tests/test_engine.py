@@ -6,6 +6,7 @@ import random
 import signal
 import time
 import warnings
+from base64 import b64decode
 from dataclasses import replace
 from datetime import timedelta
 from itertools import chain, groupby
@@ -47,9 +48,8 @@ def pairs_of(small: Small) -> fp.Pairs:
 
 
 def rank(small: Small, **options: Any) -> fp.Effects:
-    return fp.rank_features(
-        small.model, [small.at(site) for site in SITES], pairs_of(small), positions="each", progress=False, **options
-    )
+    options = {"positions": "each", "progress": False, **options}
+    return fp.rank_features(small.model, [small.at(site) for site in SITES], pairs_of(small), **options)
 
 
 def same(one: fp.Effects, other: fp.Effects) -> bool:
@@ -274,13 +274,17 @@ def test_ctrl_c_within_the_first_pairs_leaves_the_others_out(small: Small, monke
 
 
 @pytest.mark.both
-def test_a_run_goes_on_from_its_journal(small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Law 8, and finished batches are not run again."""
+def test_a_run_goes_on_from_its_journal(
+    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Law 8, and finished batches are not run again; it is said how much is finished."""
     whole = rank(small, batch_rows=20)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
         with pytest.warns(FeatpatchWarning, match="journal' has what is measured: the same call with it resumes from there"):
             assert not rank(small, batch_rows=20, journal=tmp_path / "journal").finished
+    _, *batches = [line.rpartition(" ")[0] for line in (tmp_path / "journal").read_text().splitlines()]
+    kept = [b64decode(json.loads(batch)["values"]) for batch in batches]
     logits, calls = SuffixPath.logits, [0]
 
     def counted(path: SuffixPath, units: Any, columns: Any) -> Any:
@@ -288,7 +292,9 @@ def test_a_run_goes_on_from_its_journal(small: Small, monkeypatch: pytest.Monkey
         return logits(path, units, columns)
 
     monkeypatch.setattr(SuffixPath, "logits", counted)
-    resumed = rank(small, journal=tmp_path / "journal")
+    resumed = rank(small, journal=tmp_path / "journal", progress=True)
+    done = int(capsys.readouterr().err.partition("journal' has ")[2].partition(" of ")[0].replace(",", ""))
+    assert done == sum(len(values) // 8 for values in kept)
     first = calls[0]
     assert same(resumed, whole)
     assert same(rank(small, journal=tmp_path / "journal"), whole)

@@ -57,6 +57,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "writers": comparison.writers, "curve": curve.table(), "findings": checked.to_pandas(),
         "diagnose": fp.diagnose(model, saes, pairs, nodes),
         "interactions": fp.interactions(model, last, pairs, features=[173, 740, 538], position="end", progress=False),
+        "circuits": circuit.compare(circuit), "calibration": fp.calibrate(estimate, effects).table(),
+        "misses": fp.calibrate(estimate, effects).misses(),
         "Circuit": circuit, "Agreement": comparison.agreement["recovery"], "Edge": fp.Edge("s", "edge"),
         "Description": next(iter(fp.max_activating(model, saes, nodes, demo.text()[:60]).values())),
     }  # fmt: skip
@@ -90,6 +92,7 @@ def test_every_result_is_looked_at(results: dict[str, Any]) -> None:
 
 
 def test_a_table_shows_all_of_its_columns_and_loses_none(results: dict[str, Any]) -> None:
+    assert all(isinstance(result, Frame) for result in results.values() if isinstance(result, pd.DataFrame))
     table = results["sites"]
     shown = repr(table)
     for column in table.columns:

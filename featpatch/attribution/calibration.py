@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import pearsonr
 
 from featpatch.effects.statistics import spearman
 from featpatch.effects.table import Effects
 from featpatch.errors import FeatpatchError, check_kinds, check_numbers
+from featpatch.frame import Frame
 from featpatch.nodes import Effect, Node
 from featpatch.untrusted import in_figure, visible
 
@@ -41,7 +41,7 @@ class Calibration:
     effect: Effect
     signed: bool = True
 
-    def table(self, k: int = 20) -> pd.DataFrame:
+    def table(self, k: int = 20) -> Frame:
         """Return one row for all nodes and one per SAE or, for other nodes, per hook point.
 
         The columns are `rows`: the number of nodes; `pearson` and `spearman`; `recall`: the share of the k largest |exact| that
@@ -52,13 +52,13 @@ class Calibration:
         check_numbers(1, k=k)
         names = np.array([node.sae or node.site for node in self.nodes])
         rows = [("all", np.ones(len(names), dtype=bool)), *((name, names == name) for name in dict.fromkeys(names))]
-        return pd.DataFrame([{"site": name, **self._agreement(at, k)} for name, at in rows])
+        return Frame([{"site": name, **self._agreement(at, k)} for name, at in rows])
 
-    def misses(self, n: int = 10) -> pd.DataFrame:
+    def misses(self, n: int = 10) -> Frame:
         """Return the n rows in which the estimate is farthest from the exact effect, farthest first."""
         check_numbers(0, n=n)
         worst = np.argsort(-np.abs(self.estimate - self.exact), kind="stable")[:n]
-        return pd.DataFrame(
+        return Frame(
             {"node": [str(self.nodes[row]) for row in worst], "estimate": self.estimate[worst], "exact": self.exact[worst]}
         )
 

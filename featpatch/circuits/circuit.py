@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from featpatch.circuits import criteria
@@ -20,6 +19,7 @@ from featpatch.diagram.graph import graph as graph_of
 from featpatch.diagram.viewers import interactive
 from featpatch.effects.statistics import interval
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, counted, decimal
+from featpatch.frame import Frame
 from featpatch.nodes import Edge, Node
 from featpatch.page.page import Plotted, write
 from featpatch.pairs.pairs import Pairs
@@ -75,7 +75,7 @@ class Circuit(Plotted):
         low, high = interval(graph.values([self.items]) - graph.empty, graph.whole - graph.empty)[0]
         return float(low), float(high)
 
-    def completeness(self, *, subsets: int = 20, share: float = 0.5, seed: int = 0) -> pd.DataFrame:
+    def completeness(self, *, subsets: int = 20, share: float = 0.5, seed: int = 0) -> Frame:
         """Test completeness: compare circuit and model after random subsets of the circuit are removed from both.
 
         A complete circuit loses as much faithfulness as the model. If its complement can do the same work, the model loses
@@ -97,7 +97,7 @@ class Circuit(Plotted):
         """
         return criteria.completeness(self.graph, self.items, subsets, share, seed)
 
-    def minimality(self) -> pd.DataFrame:
+    def minimality(self) -> Frame:
         """Test minimality: return the exact loss of faithfulness without each single item of the circuit, the least first.
 
         This is the criterion of Wang et al. 2022, section 4, in the case in which no other item is removed.
@@ -208,7 +208,7 @@ class Circuit(Plotted):
         true = self.graph.mask(known.items if isinstance(known, Circuit) else known)
         return criteria.roc_auc(self.scores, true, order)
 
-    def stability(self, *, resamples: int = 5, seed: int = 0) -> pd.DataFrame:
+    def stability(self, *, resamples: int = 5, seed: int = 0) -> Frame:
         """Test stability by bootstrap: find the circuit again for pairs drawn with replacement, within each prompt length.
 
         Args:
@@ -280,7 +280,7 @@ class Circuit(Plotted):
         parts = self.graph, self.items, self.scores
         return write_json(path, to_eap_ig(*parts) if form == "eap_ig" else content_of(*parts, self.metadata))
 
-    def compare(self, other: "Circuit") -> pd.DataFrame:
+    def compare(self, other: "Circuit") -> Frame:
         """Compare the items of this circuit with those of another one.
 
         Args:
@@ -307,7 +307,7 @@ class Circuit(Plotted):
         if not isinstance(other, Circuit):
             raise FeatpatchError(f"other is a {type(other).__name__}: expected a circuit, as fp.find_circuit returns it")
         items = list(dict.fromkeys([*self.items, *other.items]))
-        table = pd.DataFrame({"item": list(map(str, items))})
+        table = Frame({"item": list(map(str, items))})
         for name, circuit in (("first", self), ("second", other)):
             kept = set(circuit.items)
             table[name] = [item in kept for item in items]
@@ -392,8 +392,8 @@ class Circuit(Plotted):
     def _figure(self) -> Any:
         return figure(self.to_networkx())
 
-    def _frame(self) -> pd.DataFrame:
+    def _frame(self) -> Frame:
         columns: dict[str, list[Any]] = {"item": [str(item) for item in self.items]}
         if scores := self._score_of():
             columns["score"] = [scores[item] for item in self.items]
-        return pd.DataFrame(columns)
+        return Frame(columns)

@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from featpatch.circuits.curve import Order
 from featpatch.circuits.graph import Graph
 from featpatch.errors import FeatpatchError, check_numbers, is_number
+from featpatch.frame import Frame
 from featpatch.nodes import Node
 from featpatch.pairs.pairs import Pairs
 
 
-def completeness(graph: Graph, items: Sequence[Node], subsets: int, share: float, seed: int) -> pd.DataFrame:
+def completeness(graph: Graph, items: Sequence[Node], subsets: int, share: float, seed: int) -> Frame:
     """Return the table of `Circuit.completeness`, which documents the arguments."""
     check_numbers(1, subsets=subsets)
     check_numbers(0, seed=seed)
@@ -28,22 +28,22 @@ def completeness(graph: Graph, items: Sequence[Node], subsets: int, share: float
     removed = np.zeros((subsets, len(graph.items)), dtype=bool)
     removed[:, graph.places(items)] = draws
     of_circuit, of_model = (graph.faithfulness(graph.of_masks(graph.mask(kept) & ~removed)) for kept in (items, graph.items))
-    return pd.DataFrame({"removed": draws.sum(1), "circuit": of_circuit, "model": of_model,
+    return Frame({"removed": draws.sum(1), "circuit": of_circuit, "model": of_model,
                          "incompleteness": np.abs(of_circuit - of_model)})  # fmt: skip
 
 
-def minimality(graph: Graph, items: Sequence[Node], faithfulness: float) -> pd.DataFrame:
+def minimality(graph: Graph, items: Sequence[Node], faithfulness: float) -> Frame:
     """Return the table of `Circuit.minimality` for the items of a circuit with this faithfulness."""
     if not items:
-        return pd.DataFrame({"item": [], "loss": []})
+        return Frame({"item": [], "loss": []})
     without = np.tile(graph.mask(items), (len(items), 1))
     without[np.arange(len(items)), graph.places(items)] = False
     loss = faithfulness - graph.faithfulness(graph.of_masks(without))
     order = np.argsort(loss, kind="stable")
-    return pd.DataFrame({"item": [str(items[n]) for n in order], "loss": loss[order]})
+    return Frame({"item": [str(items[n]) for n in order], "loss": loss[order]})
 
 
-def stability(graph: Graph, items: Sequence[Node], again: Callable[[Pairs], Any], resamples: int, seed: int) -> pd.DataFrame:
+def stability(graph: Graph, items: Sequence[Node], again: Callable[[Pairs], Any], resamples: int, seed: int) -> Frame:
     """Return the table of `Circuit.stability`, given the function that finds a circuit for other pairs."""
     check_numbers(1, resamples=resamples)
     check_numbers(0, seed=seed)
@@ -53,7 +53,7 @@ def stability(graph: Graph, items: Sequence[Node], again: Callable[[Pairs], Any]
         rows.append({"size": len(other), "jaccard": jaccard(items, other.items), "faithfulness": other.faithfulness})
         found = set(other.items)
         times += [item in found for item in items]
-    table = pd.DataFrame(rows)
+    table = Frame(rows)
     low, high = np.percentile(table["jaccard"], [2.5, 97.5])
     table.attrs["jaccard"] = (float(table["jaccard"].mean()), float(low), float(high))
     table.attrs["found"] = dict(zip(map(str, items), (times / resamples).tolist(), strict=True))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from featpatch.circuits.graph import Graph
 from featpatch.effects.statistics import interval
 from featpatch.errors import FeatpatchError, check_choices, check_kinds, is_number
+from featpatch.frame import Frame
 from featpatch.page.page import Plotted
 from featpatch.untrusted import in_figure
 
@@ -78,7 +79,7 @@ class FaithfulnessCurve(Plotted):
         """Return a table with one row per size, first in this order and then in the other one."""
         columns = ("share", "size", "edges", "faithfulness", "low", "high")
         return pd.concat(
-            [pd.DataFrame({"order": curve.order, **dict(zip(columns, curve._columns(), strict=True))}) for curve in self.both],
+            [Frame({"order": curve.order, **dict(zip(columns, curve._columns(), strict=True))}) for curve in self.both],
             ignore_index=True,
         )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from featpatch import sites
 from featpatch.effects.collector import provenance
@@ -55,7 +56,7 @@ class Verified:
         """Whether every row has the same values as before, up to the tolerance."""
         return all(difference <= self.tolerance for difference in self.differences)
 
-    def table(self) -> Frame:
+    def table(self) -> pd.DataFrame:
         """Return the rows that were measured again with their differences, the largest first."""
         table = Frame({"row": [str(node) for node in self.nodes], "difference": self.differences})
         return table.sort_values("difference", ascending=False, ignore_index=True)

@@ -586,8 +586,9 @@ def test_pairs_of_unequal_length(folder: Path, model: list[str], sae: list[str])
     pairs.to_jsonl(folder / "unequal.jsonl")
     done = run("rank", *model, *sae, "--pairs", "unequal.jsonl", "--out", "unequal", folder=folder)
     assert done.returncode == 0, done.stderr
-    assert "labelled token" in (folder / "unequal" / "report.html").read_text()
-    assert ">position 12, end<" in (folder / "unequal" / "report.html").read_text().replace('"', "<").replace("=<", "=>")
+    report = (folder / "unequal" / "report.html").read_text()
+    assert "labelled token" in report
+    assert ">position 12, end<" in report.replace('"', "<").replace("=<", "=>")
 
 
 def test_steered_texts_stand_side_by_side(tmp_path: Path) -> None:

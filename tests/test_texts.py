@@ -112,6 +112,15 @@ def test_a_table_shows_all_of_its_columns_and_loses_none(results: dict[str, Any]
     assert repr(Frame({"a": ["\x1b[31m"]})).split() == ["a", "\\x1b[31m"]
 
 
+def denoised(nodes: Any, values: Any, unit: str = "gap") -> fp.Effects:
+    """A table of these effects, `[rows]` over one pair or `[rows, pairs]`, with NaN where a row is the same in both runs."""
+    effects = np.array(values).reshape(len(nodes), -1)
+    rows, pairs = np.nonzero(~np.isnan(effects))
+    metadata = {"metric": "m", "metrics": ["m"], "directions": ["denoising"], "unit": unit}
+    gaps, known = np.ones(effects.shape[1]), effects[rows, pairs]
+    return fp.Effects(tuple(nodes), gaps, 0 * gaps, rows, pairs, known, 1 - known, metadata)
+
+
 def test_top_heads_tell_which_whole_activations_they_leave_out() -> None:
     """On the terminal too; not if they are among the rows, or in a table of features, whose whole activations are others."""
     nodes = (
@@ -119,10 +128,7 @@ def test_top_heads_tell_which_whole_activations_they_leave_out() -> None:
         fp.Node("blocks.1.hook_mlp_out", "activation", None, "end"),
         fp.head(0, 2, position="end"),
     )
-    values = np.array([0.3, 0.9, 0.1])
-    rows, pairs = np.arange(3), np.zeros(3, dtype=int)
-    metadata = {"metric": "m", "metrics": ["m"], "directions": ["denoising"], "unit": "gap"}
-    table = fp.Effects(nodes, np.ones(1), np.zeros(1), rows, pairs, values, 1 - values, metadata)
+    table = denoised(nodes, [0.3, 0.9, 0.1])
     note = "not shown: 1 whole activation, the largest of which is blocks.1.hook_mlp_out activation @ end (0.90)"
     assert repr(table.top(2)).endswith(f"{note}; effects.top(kind=None) ranks them too")
     assert note in table.top(2)._repr_html_()
@@ -137,32 +143,22 @@ def test_a_large_error_is_told_wherever_the_table_is_shown() -> None:
     nodes = tuple(
         fp.Node(SAE, kind, index, "end", SAE) for kind, index in (("feature", 3), ("all_features", None), ("error", None))
     )
-
-    def table(*values: float, unit: str = "gap") -> fp.Effects:
-        metadata = {"metric": "m", "metrics": ["m"], "directions": ["denoising"], "unit": unit}
-        effects = np.array(values)
-        return fp.Effects(nodes, np.ones(1), np.zeros(1), np.arange(3), np.zeros(3, dtype=int), effects, 1 - effects, metadata)
-
-    large, note = table(0.2, 0.2, 0.7), f"{nodes[2]} has a larger effect than all features there (0.70 and 0.20)"
+    large, note = denoised(nodes, [0.2, 0.2, 0.7]), f"{nodes[2]} has a larger effect than all features there (0.70 and 0.20)"
     notes, caveats = ranked(large.top(1)).notes, concluded(large, large.top(1)).caveats
     for shown in (repr(large.top(1)), large.top(1)._repr_html_(), "".join(notes), "".join(caveats)):
         assert note in shown
-    for other in (table(0.2, 0.7, 0.2), table(0.01, 0.01, 0.05), table(0.2, 0.2, 0.7, unit="metric")):
-        assert "larger effect" not in repr(other)
-    values, places = np.array([0.2, 0.7]), (np.arange(2), np.zeros(2, dtype=int))
-    named = fp.Effects(nodes[::2], np.ones(1), np.zeros(1), *places, values, 1 - values, large.metadata)
-    assert "larger effect" not in repr(named)  # that of all features was not measured
+    for other in ([0.2, 0.7, 0.2], [0.01, 0.01, 0.05]):
+        assert "larger effect" not in repr(denoised(nodes, other))
+    assert "larger effect" not in repr(denoised(nodes, [0.2, 0.2, 0.7], unit="metric"))
+    assert "larger effect" not in repr(denoised(nodes[::2], [0.2, 0.7]))  # that of all features was not measured
 
 
 def test_rows_sorted_over_changed_pairs_show_that_column() -> None:
     nodes = tuple(fp.Node(SAE, "feature", index, "end", SAE) for index in (3, 5))
-    values, rows = np.array([[0.5, np.nan], [0.3, 0.4]]).ravel(), np.repeat(np.arange(2), 2)
-    kept = ~np.isnan(values)
-    metadata = {"metric": "m", "metrics": ["m"], "directions": ["denoising"], "unit": "gap"}
-    pairs = np.tile(np.arange(2), 2)[kept]
-    table = fp.Effects(nodes, np.ones(2), np.zeros(2), rows[kept], pairs, values[kept], 1 - values[kept], metadata)
-    assert [node.index for node in table.top(2, by="recovery_where_changed", least_changed=1).nodes] == [3, 5]
-    assert "recovery_where_changed" in repr(table.top(2, by="recovery_where_changed", least_changed=1))
+    table = denoised(nodes, [[0.5, np.nan], [0.3, 0.4]])
+    rows = table.top(2, by="recovery_where_changed", least_changed=1)
+    assert [node.index for node in rows.nodes] == [3, 5]
+    assert "recovery_where_changed" in repr(rows)
     assert "recovery_where_changed" not in repr(table.top(2))
 
 
@@ -175,8 +171,7 @@ def test_a_table_is_as_wide_as_the_terminal(results: dict[str, Any], monkeypatch
 
 def test_two_saes_at_one_hook_point_are_told_apart() -> None:
     nodes = [fp.Node("blocks.1.hook_resid_pre", "feature", 3, "end", f"blocks.1.hook_resid_pre{name}") for name in ("", "#2")]
-    values, metadata = np.ones(2), {"metric": "m", "metrics": ["m"], "directions": ["denoising"], "unit": "gap"}
-    table = fp.Effects(tuple(nodes), np.ones(1), np.zeros(1), np.arange(2), np.zeros(2, dtype=int), values, values, metadata)
+    table = denoised(nodes, np.ones(2))
     assert "blocks.1.hook_resid_pre#2" in repr(table)
     assert " sae " not in repr(table.take([0]))
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import pearsonr
 
@@ -41,7 +42,7 @@ class Calibration:
     effect: Effect
     signed: bool = True
 
-    def table(self, k: int = 20) -> Frame:
+    def table(self, k: int = 20) -> pd.DataFrame:
         """Return one row for all nodes and one per SAE or, for other nodes, per hook point.
 
         The columns are `rows`: the number of nodes; `pearson` and `spearman`; `recall`: the share of the k largest |exact| that
@@ -54,7 +55,7 @@ class Calibration:
         rows = [("all", np.ones(len(names), dtype=bool)), *((name, names == name) for name in dict.fromkeys(names))]
         return Frame([{"site": name, **self._agreement(at, k)} for name, at in rows])
 
-    def misses(self, n: int = 10) -> Frame:
+    def misses(self, n: int = 10) -> pd.DataFrame:
         """Return the n rows in which the estimate is farthest from the exact effect, farthest first."""
         check_numbers(0, n=n)
         worst = np.argsort(-np.abs(self.estimate - self.exact), kind="stable")[:n]

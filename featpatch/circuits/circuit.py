@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from featpatch.circuits import criteria
@@ -75,7 +76,7 @@ class Circuit(Plotted):
         low, high = interval(graph.values([self.items]) - graph.empty, graph.whole - graph.empty)[0]
         return float(low), float(high)
 
-    def completeness(self, *, subsets: int = 20, share: float = 0.5, seed: int = 0) -> Frame:
+    def completeness(self, *, subsets: int = 20, share: float = 0.5, seed: int = 0) -> pd.DataFrame:
         """Test completeness: compare circuit and model after random subsets of the circuit are removed from both.
 
         A complete circuit loses as much faithfulness as the model. If its complement can do the same work, the model loses
@@ -97,7 +98,7 @@ class Circuit(Plotted):
         """
         return criteria.completeness(self.graph, self.items, subsets, share, seed)
 
-    def minimality(self) -> Frame:
+    def minimality(self) -> pd.DataFrame:
         """Test minimality: return the exact loss of faithfulness without each single item of the circuit, the least first.
 
         This is the criterion of Wang et al. 2022, section 4, in the case in which no other item is removed.
@@ -208,7 +209,7 @@ class Circuit(Plotted):
         true = self.graph.mask(known.items if isinstance(known, Circuit) else known)
         return criteria.roc_auc(self.scores, true, order)
 
-    def stability(self, *, resamples: int = 5, seed: int = 0) -> Frame:
+    def stability(self, *, resamples: int = 5, seed: int = 0) -> pd.DataFrame:
         """Test stability by bootstrap: find the circuit again for pairs drawn with replacement, within each prompt length.
 
         Args:
@@ -280,7 +281,7 @@ class Circuit(Plotted):
         parts = self.graph, self.items, self.scores
         return write_json(path, to_eap_ig(*parts) if form == "eap_ig" else content_of(*parts, self.metadata))
 
-    def compare(self, other: "Circuit") -> Frame:
+    def compare(self, other: "Circuit") -> pd.DataFrame:
         """Compare the items of this circuit with those of another one.
 
         Args:
@@ -392,7 +393,7 @@ class Circuit(Plotted):
     def _figure(self) -> Any:
         return figure(self.to_networkx())
 
-    def _frame(self) -> Frame:
+    def _frame(self) -> pd.DataFrame:
         columns: dict[str, list[Any]] = {"item": [str(item) for item in self.items]}
         if scores := self._score_of():
             columns["score"] = [scores[item] for item in self.items]

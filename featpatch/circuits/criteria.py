@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
@@ -18,7 +19,7 @@ from featpatch.nodes import Node
 from featpatch.pairs.pairs import Pairs
 
 
-def completeness(graph: Graph, items: Sequence[Node], subsets: int, share: float, seed: int) -> Frame:
+def completeness(graph: Graph, items: Sequence[Node], subsets: int, share: float, seed: int) -> pd.DataFrame:
     """Return the table of `Circuit.completeness`, which documents the arguments."""
     check_numbers(1, subsets=subsets)
     check_numbers(0, seed=seed)
@@ -32,7 +33,7 @@ def completeness(graph: Graph, items: Sequence[Node], subsets: int, share: float
                          "incompleteness": np.abs(of_circuit - of_model)})  # fmt: skip
 
 
-def minimality(graph: Graph, items: Sequence[Node], faithfulness: float) -> Frame:
+def minimality(graph: Graph, items: Sequence[Node], faithfulness: float) -> pd.DataFrame:
     """Return the table of `Circuit.minimality` for the items of a circuit with this faithfulness."""
     if not items:
         return Frame({"item": [], "loss": []})
@@ -43,7 +44,7 @@ def minimality(graph: Graph, items: Sequence[Node], faithfulness: float) -> Fram
     return Frame({"item": [str(items[n]) for n in order], "loss": loss[order]})
 
 
-def stability(graph: Graph, items: Sequence[Node], again: Callable[[Pairs], Any], resamples: int, seed: int) -> Frame:
+def stability(graph: Graph, items: Sequence[Node], again: Callable[[Pairs], Any], resamples: int, seed: int) -> pd.DataFrame:
     """Return the table of `Circuit.stability`, given the function that finds a circuit for other pairs."""
     check_numbers(1, resamples=resamples)
     check_numbers(0, seed=seed)

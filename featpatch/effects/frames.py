@@ -7,7 +7,7 @@ ranking over all pairs is more stable than that.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, compress
+from itertools import chain, combinations, compress
 from typing import Any
 
 import numpy as np
@@ -44,13 +44,12 @@ def sample(effects: Measured) -> str:
 def notes(effects: Measured) -> list[str]:
     """Return what these rows do not show: whole activations that heads were ranked without, or a large error of an SAE."""
     whole = effects.whole
-    rest = whole.take(np.flatnonzero(~whole.ranked))
+    rest = whole.take(~whole.ranked)
     values = dict(zip(rest.nodes, np.nan_to_num(rest.pooled(effects.directions_run()[0])).tolist(), strict=True))
-    kinds = {node.kind for node in (*effects.nodes, *compress(whole.nodes, whole.ranked))}
-    if "feature" in kinds:
+    if any(node.kind == "feature" for node in chain(effects.nodes, compress(whole.nodes, whole.ranked))):
         return _large_errors(values) if effects.has_gap else []
     left_out = {node: value for node, value in values.items() if node.kind == "activation"}
-    if not left_out or "activation" in kinds:
+    if not left_out or any(node.kind == "activation" for node in effects.nodes):
         return []
     largest = max(left_out, key=lambda node: left_out[node])
     return [

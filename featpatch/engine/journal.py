@@ -41,11 +41,13 @@ class Book:
     rows: int
     finished: dict[str, bytes] = field(default_factory=dict)
 
-    def get(self, key: str, count: int | None = None) -> Float[torch.Tensor, " values"] | None:
-        """Return the values of a batch, or None if it is not finished.
+    @property
+    def values(self) -> int:
+        """The number of values of all finished batches."""
+        return sum(map(len, self.finished.values())) // 8
 
-        Args:
-            count: the number of values expected; not checked by default.
+    def get(self, key: str, count: int | None = None) -> Float[torch.Tensor, " values"] | None:
+        """Return the values of a batch, which are `count` if that is given, or None if it is not finished.
 
         Raises:
             FeatpatchError: the batch has another number of values.

@@ -363,13 +363,7 @@ EXECUTORS: dict[str, Callable[..., Executor]] = {"ray": Ray}
 
 
 def executor_of(executor: Any) -> Executor | None:
-    """Return the executor that the `executor` argument names.
-
-    Args:
-        executor: None or `"serial"` for no executor, a name in `EXECUTORS`, or an executor object.
-
-    Returns:
-        The executor, or None to run in this process.
+    """Return the executor that is given or named in `EXECUTORS`; None, to run in this process, for None or `"serial"`.
 
     Raises:
         FeatpatchError: `executor` is anything else.

@@ -196,11 +196,10 @@ class Study:
         if journal is not None:
             subject = {key: value for key, value in self.metadata.items() if key not in NOT_COMPARED}
             book = Journal.open(as_path(journal), subject, [*clean.ravel().tolist(), *corrupted.ravel().tolist()], self.rows)
-            done = sum(map(len, book.finished.values())) // (8 * len(self.measures.parts))  # float64
-            if done and progress:
-                total = patches * len(self.directions)
-                tqdm.write(f"resuming: {str(journal)!r} has {done:,} of {total:,} patches", file=sys.stderr)
         with closing(book) if isinstance(book, Journal) else nullcontext():
+            if progress and book is not None and book.values:
+                done, total = book.values // len(self.measures.parts), patches * len(self.directions)
+                tqdm.write(f"resuming: {str(journal)!r} has {done:,} of {total:,} patches", file=sys.stderr)
             if elsewhere is not None and book is not None:
                 book = self._run_elsewhere(elsewhere, book, patches, progress=progress)
             return self._collected(survey, book, progress=progress)
